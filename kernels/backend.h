@@ -1,0 +1,99 @@
+/* The first seam: where memory lies and in what order work runs. Everything above it is written once for every device.
+ *
+ * A backend is a table of functions behind these calls. `cpu` runs each launch at once on the calling thread;
+ * `cpu-async` (tests) runs every stream on a worker thread with random delays and keeps device memory unreadable outside
+ * of operations, so what passes on it survives a GPU; `cuda` follows. The rules that make that possible:
+ *
+ *  - Device memory is touched only by operations (ops.h) and by the copies below, never by the host directly.
+ *  - Work on one stream runs in order; between streams only events order it. A launch copies its argument struct.
+ *  - Between record_begin and record_end launches are not run but kept; graph_replay runs them again with the same
+ *    arguments. So whatever changes between steps lies in device memory (struct step_input), never in an argument.
+ *  - A failure inside a stream is kept, later work on it is dropped, and the next sync or wait returns it.
+ *  - Host buffers given to copies live until the copy has run (sync or event); MEMORY_HOST is made for them. */
+#pragma once
+
+#include "kernels/base.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+enum memory {
+    MEMORY_WEIGHTS,   /* device: model weights and tables that never change */
+    MEMORY_WORKSPACE, /* device: what a step or a prefill overwrites */
+    MEMORY_CACHE,     /* device: pages, 16-bit blocks, S and P, page tables, per-sequence state */
+    MEMORY_HOST,      /* host, readable by copies at full speed (pinned on a GPU) */
+    MEMORY_COUNT,
+};
+
+struct backend;
+struct stream;
+struct event;
+struct graph;
+
+struct backend_options {
+    int n_threads;      /* CPU: threads of one operation; 0: as many as the process is bound to */
+    uint64_t seed;      /* cpu-async: of the random delays */
+    bool profile;       /* keep the time of each kind of work: backend_profile */
+};
+
+/* `name`: "cpu" or "cpu-async". Errors: STATUS_USAGE for another name, naming those that exist. */
+int backend_open(const char *name, const struct backend_options *options, struct backend **out);
+void backend_close(struct backend *backend);
+
+const char *backend_name(const struct backend *backend);
+/* A launch may return before the work is done, so a result is read one step late without waiting. */
+bool backend_is_async(const struct backend *backend);
+int backend_n_threads(const struct backend *backend);
+
+/* Time that streams spent since the backend was opened: `launches` by enum op_id (n of them), and in calls (collectives, their waiting
+ * for other ranks included) and copies. All 0 unless opened with `profile`. */
+struct backend_time {
+    int64_t n, ns;
+};
+struct backend_times {
+    struct backend_time calls, copies;
+};
+void backend_profile(const struct backend *backend, struct backend_times *times, struct backend_time *launches, int n);
+
+/* 64-byte aligned, zeroed. Errors: STATUS_MEMORY with purpose and size. backend_used counts live bytes by purpose. */
+int backend_alloc(struct backend *backend, enum memory purpose, size_t bytes, void *pointer);
+void backend_free(struct backend *backend, void *pointer);
+size_t backend_used(const struct backend *backend, enum memory purpose);
+
+int stream_open(struct backend *backend, struct stream **out);
+void stream_close(struct stream *stream);
+struct backend *stream_backend(struct stream *stream);
+
+/* Runs operation `op` (enum op_id) after all earlier work of the stream. Use the typed op_... functions of ops.h. */
+int stream_launch(struct stream *stream, int op, const void *args, size_t args_bytes);
+
+/* Runs a host function in stream order, device memory readable: how communicators on CPU join a stream.
+ * `function` returns a status; `args` is copied (at most STREAM_MAX_ARGS bytes). */
+enum { STREAM_MAX_ARGS = 512 };
+int stream_call(struct stream *stream, int (*function)(void *args), const void *args, size_t args_bytes);
+
+int stream_copy_in(struct stream *stream, void *device, const void *host, size_t bytes);
+int stream_copy_out(struct stream *stream, void *host, const void *device, size_t bytes);
+int stream_copy(struct stream *stream, void *to_device, const void *from_device, size_t bytes);
+int stream_zero(struct stream *stream, void *device, size_t bytes);
+
+/* Waits for all work of the stream; returns its first failure (and keeps it). */
+int stream_sync(struct stream *stream);
+
+int event_open(struct backend *backend, struct event **out);
+void event_close(struct event *event);
+int event_record(struct event *event, struct stream *stream);
+int stream_wait(struct stream *stream, struct event *event); /* later work of the stream waits for the event */
+int event_sync(struct event *event);                         /* the host waits; returns a failure of its stream */
+
+/* Recording covers every stream of the backend: launches, calls, copies, events and waits between begin and end. */
+int backend_record_begin(struct backend *backend);
+int backend_record_end(struct backend *backend, struct graph **out);
+int graph_replay(struct graph *graph);
+int graph_n_nodes(const struct graph *graph);
+void graph_close(struct graph *graph);
+
+#ifdef __cplusplus
+}
+#endif
