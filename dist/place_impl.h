@@ -1,0 +1,23 @@
+/* The parts of placement that need no ranks, for place.c and its tests. */
+#pragma once
+
+#include "dist/place.h"
+
+/* What place_bind would give local rank r of n: cores, memory, n_cores and shared are filled in, nothing is bound. `synthetic`
+ * describes a machine in hwloc's words ("numa:2 core:4 pu:2"; NULL: this one), `mask` the processing units that may be used
+ * ("0-3,8"; NULL: all). */
+int place_plan(const char *synthetic, const char *mask, int n, int r, struct place *out);
+
+/* What a rank knows of itself before anything is bound. */
+struct place_member {
+    char host[64];
+    uint64_t mask_hash; /* of the set of processing units it may run on */
+    int mask_units, mask_cores, machine_units;
+    int rank;
+};
+/* Whether the launcher has bound the n ranks of a host already. */
+bool place_is_bound(const struct place_member *members, int n);
+
+/* Bytes that the control groups of this process allow (both versions, all levels); INT64_MAX: no limit. `root` comes before
+ * "/proc/..." and "/sys/...": "" but in tests. */
+int64_t place_memory_limit(const char *root);

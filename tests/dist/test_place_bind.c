@@ -1,0 +1,42 @@
+/* Binding on this machine: ranks of a host get cores of their own as long as there are enough, and the table tells all of them. */
+#include "dist/place.h"
+#include "test.h"
+
+#include <sched.h>
+
+int main(int argc, char **argv) {
+    struct comm *world;
+    struct place place;
+    char *table;
+    cpu_set_t before, after, sets[16];
+    REQUIRE(comm_start("auto", 60, &argc, &argv, &world));
+    int size = comm_size(world), rank = comm_rank(world);
+    CHECK(sched_getaffinity(0, sizeof before, &before) == 0);
+    REQUIRE(place_bind(world, &place));
+    CHECK(sched_getaffinity(0, sizeof after, &after) == 0);
+    REQUIRE(comm_gather_host(world, "affinity", &after, sets, sizeof after));
+    CHECK(place.local_size == size && place.local_rank == rank, "%d of %d", place.local_rank, place.local_size);
+    CHECK(place.n_cores >= 1 && place.cores[0] && place.host[0], "%d cores: %s", place.n_cores, place.cores);
+    CHECK(place.memory_bytes > 1 << 20 && place.memory_bytes < (int64_t)1 << 50, "%lld bytes", (long long)place.memory_bytes);
+    CHECK(place.shared == (size > CPU_COUNT(&before)), "shared %d", place.shared);
+    if (place.shared || place.bound_by_launcher)
+        CHECK(CPU_EQUAL(&before, &after));
+    for (int r = 0; r < size && !place.shared && !place.bound_by_launcher; r++) {
+        cpu_set_t common;
+        CPU_AND(&common, &sets[r], &after);
+        CHECK(CPU_COUNT(&common) == (r == rank ? CPU_COUNT(&after) : 0), "ranks %d and %d share cores", r, rank);
+    }
+    REQUIRE(place_table(world, &place, 0, 0, rank, "cpu", &table));
+    CHECK((table != NULL) == (rank == 0));
+    if (table) {
+        int n_lines = 0;
+        for (const char *at = table; (at = strchr(at, '\n')); at++)
+            n_lines++;
+        CHECK(n_lines == size + 1, "%s", table);
+        CHECK(strstr(table, place.host) && strstr(table, place.cores), "%s", table);
+        fputs(table, stdout);
+    }
+    free(table);
+    comm_finish(world);
+    return test_report();
+}
