@@ -1,0 +1,84 @@
+"""Tiny random Llama models and what transformers says of them: tiny_models.py
+
+writes beside itself tiny/NAME/ (config.json, tokenizer.json and safetensors, as transformers' save_pretrained and the tokenizers
+library write them) and tiny_models.json: token ids, log-probabilities and greedy continuations of each model after it was
+loaded again, in float32 (scores.py). Needs torch, transformers, safetensors, tokenizers. No download.
+"""
+
+import json
+import pathlib
+import shutil
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+import scores
+
+HERE = pathlib.Path(__file__).resolve().parent
+STD = 0.3       # of the weights: scores of several units, so that attention chooses
+CONTEXT = 1024
+LENGTHS = [(1, True), (5, True), (129, False), (300, True), (700, False)]  # tokens, whether continued
+LLAMA3 = dict(rope_type="llama3", rope_theta=10000.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+              original_max_position_embeddings=256)
+DEFAULT = dict(rope_type="default", rope_theta=10000.0)
+# name: dtype, head_dim, query heads, KV heads, hidden, intermediate, layers, vocabulary, tied, rope, shard size
+MODELS = {
+    "mha-d64-f32-tied": (torch.float32, 64, 3, 3, 33, 44, 2, 301, True, DEFAULT, "5GB"),
+    "gqa3-d64-f16-tied": (torch.float16, 64, 6, 2, 42, 90, 2, 333, True, LLAMA3, "5GB"),
+    "gqa8-d64-bf16-untied-sharded": (torch.bfloat16, 64, 8, 1, 32, 52, 2, 317, False, DEFAULT, "60KB"),
+    "gqa4-d128-f32-untied-sharded": (torch.float32, 128, 4, 1, 16, 57, 2, 309, False, LLAMA3, "100KB"),
+    "gqa5-d128-bf16-tied": (torch.bfloat16, 128, 5, 1, 25, 71, 3, 341, True, DEFAULT, "5GB"),
+}
+
+
+def tokenizer():
+    """Bytes and a few merges; the models' vocabularies are larger, as padded ones are."""
+    vocab = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    merges = [("h", "e"), ("t", "he"), ("Ġ", "the"), ("i", "n")]
+    for left, right in merges:
+        vocab[left + right] = len(vocab)
+    tok = Tokenizer(models.BPE(vocab=vocab, merges=merges))
+    tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    tok.decoder = decoders.ByteLevel()
+    tok.add_special_tokens(["<|begin|>", "<|end|>"])
+    return tok
+
+
+def make(name, folder, seed):
+    dtype, head_dim, heads, kv_heads, hidden, intermediate, layers, vocab, tied, rope, shard = MODELS[name]
+    torch.manual_seed(seed)
+    config = LlamaConfig(vocab_size=vocab, hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers,
+                         num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=head_dim, max_position_embeddings=CONTEXT,
+                         tie_word_embeddings=tied, rope_parameters=rope, initializer_range=STD, rms_norm_eps=1e-5,
+                         bos_token_id=260, eos_token_id=261)
+    model = LlamaForCausalLM(config)
+    for parameter_name, parameter in model.named_parameters():
+        if "norm" in parameter_name:
+            parameter.copy_(1 + STD * torch.randn_like(parameter))
+    shutil.rmtree(folder, ignore_errors=True)
+    model.to(dtype).save_pretrained(folder, max_shard_size=shard)
+    tokenizer().save(str(folder / "tokenizer.json"), pretty=False)
+    for file in folder.iterdir():
+        file.chmod(0o644)
+
+
+def main():
+    scores.use_exact_float32()
+    rows = []
+    for seed, name in enumerate(MODELS):
+        folder = HERE / "tiny" / name
+        make(name, folder, seed)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+        generator = torch.Generator().manual_seed(100 + seed)
+        prompts = []
+        for length, with_greedy in LENGTHS:
+            ids = torch.randint(0, model.config.vocab_size, (length,), generator=generator).tolist()
+            prompts.append(scores.prompt(model, f"{length} tokens", ids, with_greedy))
+        rows.append({"folder": f"golden/tiny/{name}", "prompts": prompts})
+        print(name, sum(f.stat().st_size for f in folder.iterdir()), [f.name for f in folder.iterdir()])
+    head = {"made_by": "tests/golden/tiny_models.py", "made_with": scores.made_with("torch", "transformers", "safetensors", "tokenizers", "numpy")}
+    (HERE / "tiny_models.json").write_text(json.dumps({**head, "models": rows}, separators=(",", ":")) + "\n")
+
+
+main()
