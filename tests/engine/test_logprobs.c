@@ -1,0 +1,50 @@
+/* The real model against transformers (golden/logprobs.py): log-probabilities of prompts of 1 to 4000 tokens and greedy continuations,
+ * in float32 with both ways of prefill, then with 16-bit weights and cache. One rank. */
+#include "launch/environment.h"
+#include "logprob_check.h"
+
+/* Some ten times (float32) what was measured; a near-tie is a margin that two logits with the largest allowed error can close. */
+static const struct logprob_bounds exact = {.mean = 3e-5, .most = 4e-4, .tie = 8e-4};
+static const struct logprob_bounds half = {.mean = 0.01, .most = 0.3, .tie = 0.05};
+
+enum {
+    CONTEXT = 4096, /* longest golden prompt with room to continue */
+    BATCH = 6,
+    LONG = 1600,    /* prompts beyond are run once */
+    MIDDLE = 700,   /* of the 16-bit run */
+};
+
+static struct engine *open_engine(struct comm *world, const struct place *place, const char *path, const char *weights, const char *cache) {
+    struct engine_options options = {.model = path, .device = "cpu", .merge = "auto", .cache = cache, .weights = weights, .window = -1,
+                                     .sink = -1, .context = CONTEXT, .max_batch = BATCH};
+    struct engine *engine;
+    REQUIRE(engine_open(world, &options, place, &engine));
+    return engine;
+}
+
+int main(int argc, char **argv) {
+    const char *path = getenv("KVLINC_TEST_MODEL");
+    struct comm *world;
+    struct place place;
+    if (!path)
+        return TEST_SKIP;
+    environment_prepare(argv);
+    REQUIRE(comm_start("self", 60, &argc, &argv, &world));
+    REQUIRE(place_bind(world, &place));
+    json_t *root = logprob_load(TEST_FILE("golden/logprobs.json"));
+    struct logprob_golden golden = logprob_golden_read(root, json_object_get(root, "prompts"));
+
+    struct engine *engine = open_engine(world, &place, path, "f32", "f32");
+    logprob_check(engine, "f32", &golden, 1, CONTEXT, ENGINE_PREFILL_EXACT, &exact);
+    logprob_check(engine, "f32", &golden, 1, LONG, ENGINE_PREFILL_CACHED, &exact);
+    engine_close(engine);
+
+    engine = open_engine(world, &place, path, "auto", "fp16");
+    logprob_check(engine, "16 bit", &golden, 1, MIDDLE, ENGINE_PREFILL_EXACT, &half);
+    engine_close(engine);
+
+    logprob_golden_free(&golden);
+    json_decref(root);
+    comm_finish(world);
+    return test_report();
+}
