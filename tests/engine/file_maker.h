@@ -146,3 +146,20 @@ static inline const char *maker_save(struct maker *m, const char *name) {
     maker_free(m);
     return path;
 }
+
+/* Writes the file as `name` n times, each time with one other byte of its first `bytes` changed: `try_open` must open it or say
+ * STATUS_INPUT, and both must happen. */
+static inline void maker_mutate(struct maker *m, const char *name, size_t bytes, int n, uint64_t seed, int (*try_open)(const char *path)) {
+    int n_opened = 0;
+    for (int i = 0; i < n; i++) {
+        size_t at = test_hash(seed, (uint64_t)i) % bytes;
+        uint8_t kept = m->data[at];
+        m->data[at] = (uint8_t)test_hash(seed + 1, (uint64_t)i);
+        int status = try_open(maker_write(name, m->data, m->n));
+        CHECK(status == STATUS_OK || status == STATUS_INPUT, "mutation %d: %d %s", i, status, base_error());
+        n_opened += status == STATUS_OK;
+        base_clear_error();
+        m->data[at] = kept;
+    }
+    CHECK(n_opened > 0 && n_opened < n, "%d opened", n_opened);
+}
