@@ -14,28 +14,8 @@ for tool in python3 setsid flock; do
     command -v "$tool" >/dev/null || { echo "test_batch.sh: $tool is not installed" >&2; exit 77; }
 done
 work=$(mktemp --directory)
-job=
-# Every process of the job: a launcher gives each rank a process group of its own, but all share the session.
-processes() {
-    cat /proc/[0-9]*/stat 2>/dev/null | awk -v session="$job" '{ pid = $1; sub(/^.*\) /, ""); if ($4 == session && $1 != "Z") print pid }'
-}
-kill_job() { # signal
-    local pids
-    pids=$(processes)
-    # shellcheck disable=SC2086
-    [ -n "$pids" ] && kill "-$1" $pids 2>/dev/null
-}
-cleanup() {
-    [ -z "$job" ] || kill_job KILL
-    rm -rf "$work"
-}
-trap cleanup EXIT
-failed=0
-fail() {
-    echo "test_batch.sh: failed: $*" >&2
-    [ ! -s "$work/errors" ] || tail -n 5 "$work/errors" | sed 's/^/    /' >&2
-    failed=1
-}
+# shellcheck source=tests/launch/job.sh
+source "$(dirname "${BASH_SOURCE[0]}")/job.sh"
 
 python3 - "$work/in.jsonl" <<'PYTHON'
 import json, sys

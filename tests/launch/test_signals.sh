@@ -13,23 +13,8 @@ for tool in python3 setsid; do
     command -v "$tool" >/dev/null || { echo "test_signals.sh: $tool is not installed" >&2; exit 77; }
 done
 work=$(mktemp --directory)
-job=
-# Every process of the job: all share the session.
-processes() {
-    cat /proc/[0-9]*/stat 2>/dev/null | awk -v session="$job" '{ pid = $1; sub(/^.*\) /, ""); if ($4 == session && $1 != "Z") print pid }'
-}
-cleanup() {
-    # shellcheck disable=SC2046
-    [ -z "$job" ] || kill -KILL $(processes) 2>/dev/null
-    rm -rf "$work"
-}
-trap cleanup EXIT
-failed=0
-fail() {
-    echo "test_signals.sh: failed: $*" >&2
-    [ ! -s "$work/errors" ] || tail -n 12 "$work/errors" | sed 's/^/    /' >&2
-    failed=1
-}
+# shellcheck source=tests/launch/job.sh
+source "$(dirname "${BASH_SOURCE[0]}")/job.sh"
 rank() { # number: its process
     local pid
     for pid in $(processes); do
@@ -58,7 +43,7 @@ generate() { start generate --prompt "Once upon a time" --max-tokens 900 --ignor
 works() { [ -s "$work/text" ] || [ -s "$work/out.jsonl" ]; }
 ends() { # what, exit code, seconds: from now
     local what=$1 code=$2 got=0 begin=$SECONDS
-    ( sleep $(($3 + 20)); cleanup ) & # a job that hangs must not hang the test
+    ( sleep $(($3 + 20)); end_test ) & # a job that hangs must not hang the test
     local guard=$!
     wait "$job" || got=$?
     local i

@@ -1,0 +1,28 @@
+# What the tests of whole jobs share; sourced. `job` is the process that leads the job's session, `work` the test's folder, where the
+# job's standard error goes to `errors`.
+job=
+failed=0
+
+# Every process of the job: a launcher gives each rank a process group of its own, but all share the session.
+processes() {
+    cat /proc/[0-9]*/stat 2>/dev/null | awk -v session="$job" '{ pid = $1; sub(/^.*\) /, ""); if ($4 == session && $1 != "Z") print pid }'
+}
+
+kill_job() { # signal
+    local pids
+    pids=$(processes)
+    # shellcheck disable=SC2086
+    [ -n "$pids" ] && kill "-$1" $pids 2>/dev/null
+}
+
+end_test() {
+    [ -z "$job" ] || kill_job KILL || true
+    rm -rf "$work"
+}
+trap end_test EXIT
+
+fail() {
+    echo "$(basename "$0"): failed: $*" >&2
+    [ ! -s "$work/errors" ] || tail -n 12 "$work/errors" | sed 's/^/    /' >&2
+    failed=1
+}
