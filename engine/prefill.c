@@ -284,8 +284,7 @@ static int attend_replicated(struct prefill *p) {
         TRY(attend(p, chunk_first(p, c), chunk_first(p, c), chunk_rows(p, c), own + c * p->chunk * width));
     TRY(comm_all_gather(r->cp, r->stream, "gather of prompt attention", own, p->collected,
                         2 * p->chunk * width * (int64_t)sizeof(float)));
-    return op_rows_place(r->stream, &(struct rows_place_args){p->collected, r->grid.cp_rank, r->grid.cp, p->chunk, p->n, width, false,
-                                                              p->attention});
+    return op_rows_place(r->stream, &(struct rows_place_args){p->collected, r->grid.cp, p->chunk, p->n, width, p->attention});
 }
 
 /* x += o_proj(attention); x += MLP(norm(x)), for one tile. The parts are this rank's slices, summed over the replica, or those of all cp

@@ -382,14 +382,12 @@ struct flush_exact_args {
     const void *kv;
 };
 
-/* out[position(i)] = gathered rows in position order: gathered [rank][2 chunk][width] -> out [n][width]; or its inverse for one
- * rank (`take`): out [2 chunk][width] = own rows of gathered [n][width], zero beyond n. */
+/* Gathered rows in position order: from [rank][2 chunk][width] -> to [n][width]. */
 struct rows_place_args {
     const float *from;
-    int cp_rank, cp_size;
+    int cp_size;
     int64_t chunk, n;
     int64_t width;
-    bool take;
     float *to;
 };
 

@@ -26,25 +26,9 @@ void cpu_kv_place(const struct kv_place_args *args) {
     }
 }
 
-static void take_rows(const struct rows_place_args *args) {
-    size_t row_bytes = (size_t)args->width * sizeof(float);
-#pragma omp parallel for schedule(static)
-    for (int64_t i = 0; i < 2 * args->chunk; i++) {
-        int64_t position = prefill_position(i, args->cp_rank, args->cp_size, args->chunk);
-        if (position < args->n)
-            memcpy(args->to + i * args->width, args->from + position * args->width, row_bytes);
-        else
-            memset(args->to + i * args->width, 0, row_bytes);
-    }
-}
-
 void cpu_rows_place(const struct rows_place_args *args) {
     size_t row_bytes = (size_t)args->width * sizeof(float);
     int64_t n_local = 2 * args->chunk;
-    if (args->take) {
-        take_rows(args);
-        return;
-    }
 #pragma omp parallel for schedule(static)
     for (int64_t i = 0; i < args->cp_size * n_local; i++) {
         int64_t position = prefill_position(i % n_local, (int)(i / n_local), args->cp_size, args->chunk);
