@@ -6,10 +6,11 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "engine/digest.h"
 #include "engine/map_file.h"
 #include "engine/safetensors.h"
 
-enum { TEXT_BYTES = 160, HASH_HEX = 65 };
+enum { TEXT_BYTES = 160 };
 
 struct layer_tensors {
     const struct file_tensor *phi_k, *phi_q, *gate;
@@ -22,7 +23,7 @@ struct calibration {
     int features;
     bool phi_q_per_head, exact_v;
     int64_t trained_length;
-    char hash[HASH_HEX];
+    char hash[DIGEST_HEX];
     struct layer_tensors *layers;
 };
 
@@ -62,7 +63,7 @@ static int check_number(const struct calibration *cal, const char *key, int64_t 
 
 static int check_model(const struct calibration *cal, const struct model_file *model, const char *tokenizer_hash) {
     const struct model_config *c = cal->config;
-    char rope[TEXT_BYTES], fingerprint[HASH_HEX];
+    char rope[TEXT_BYTES], fingerprint[DIGEST_HEX];
     const char *weights;
     TRY(check_text(cal, "format", "kvlinc-calibration"));
     TRY(check_text(cal, "version", "1"));
@@ -171,14 +172,12 @@ static int read_adapters(struct calibration *cal) {
 static int hash_file(struct calibration *cal) {
     struct map_file map = {0};
     unsigned char digest[EVP_MAX_MD_SIZE];
-    unsigned n = 0;
     TRY(map_file_open(cal->path, &map));
-    int ok = EVP_Digest(map.data, map.bytes, digest, &n, EVP_sha256(), NULL);
+    int ok = EVP_Digest(map.data, map.bytes, digest, NULL, EVP_sha256(), NULL);
     map_file_close(&map);
     if (!ok)
         FAIL(STATUS_FAILED, "%s: SHA-256 failed", cal->path);
-    for (unsigned i = 0; i < n; i++)
-        snprintf(cal->hash + 2 * i, 3, "%02x", digest[i]);
+    digest_hex(digest, cal->hash);
     return STATUS_OK;
 }
 

@@ -296,8 +296,6 @@ void gguf_close(struct gguf *file) {
     free(file);
 }
 
-const char *gguf_path(const struct gguf *file) { return file->path; }
-
 const struct file_tensor *gguf_tensors(const struct gguf *file, int *n) {
     *n = file->n_tensors;
     return file->tensors;

@@ -8,7 +8,6 @@ struct gguf;
 
 int gguf_open(const char *path, struct gguf **out);
 void gguf_close(struct gguf *file);
-const char *gguf_path(const struct gguf *file);
 
 /* Sorted by name; names as in the file. They live as long as the file. */
 const struct file_tensor *gguf_tensors(const struct gguf *file, int *n);

@@ -1,8 +1,8 @@
 /* The fingerprint of a model's weights: SHA-256 (OpenSSL's) over the norm weights, which every format keeps unquantized. */
 #include <openssl/evp.h>
-#include <stdio.h>
 #include <stdlib.h>
 
+#include "engine/digest.h"
 #include "engine/model_file.h"
 
 static int add_norm(EVP_MD_CTX *sha, const struct model_file *file, const char *name, float *values) {
@@ -37,8 +37,7 @@ int model_file_fingerprint(const struct model_file *file, char hex[65]) {
     TRY_GOTO(add_norms(sha, file, values));
     if (EVP_DigestFinal_ex(sha, digest, NULL) != 1)
         FAIL_GOTO(STATUS_FAILED, "SHA-256: OpenSSL cannot finish");
-    for (int i = 0; i < 32; i++)
-        snprintf(hex + 2 * i, 3, "%02x", digest[i]);
+    digest_hex(digest, hex);
 fail:
     free(values);
     EVP_MD_CTX_free(sha);

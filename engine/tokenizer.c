@@ -8,6 +8,7 @@
 #include <string.h>
 #include <utf8proc.h>
 
+#include "engine/digest.h"
 #include "engine/tokenizer_spec.h"
 #include "engine/utf8.h"
 
@@ -154,11 +155,7 @@ static int tokenizer_build_hash(struct tokenizer *t, const struct tokenizer_spec
     EVP_MD_CTX_free(md);
     if (!fine)
         FAIL(STATUS_FAILED, "SHA-256 is not available from OpenSSL");
-    static const char digits[] = "0123456789abcdef";
-    for (int i = 0; i < 32; i++) {
-        t->hash[2 * i] = digits[digest[i] >> 4];
-        t->hash[2 * i + 1] = digits[digest[i] & 15];
-    }
+    digest_hex(digest, t->hash);
     return 0;
 }
 
