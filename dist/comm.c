@@ -240,9 +240,9 @@ struct verdict {
 };
 
 static struct verdict own_verdict(int status) {
-    struct verdict v = {status < 0 ? status : STATUS_OK, 14695981039346656037u}; /* FNV-1a */
+    struct verdict v = {status < 0 ? status : STATUS_OK, BASE_HASH};
     for (const char *c = status < 0 ? base_error() : ""; *c; c++)
-        v.text = (v.text ^ (unsigned char)*c) * 1099511628211u;
+        v.text = base_hash(v.text, (unsigned char)*c);
     return v;
 }
 

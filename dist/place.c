@@ -109,10 +109,10 @@ bool place_is_bound(const struct place_member *members, int n) {
 }
 
 static uint64_t hash_set(hwloc_const_bitmap_t set) {
-    uint64_t hash = 1469598103934665603u; /* FNV-1a */
+    uint64_t hash = BASE_HASH;
     for (int i = hwloc_bitmap_first(set); i >= 0; i = hwloc_bitmap_next(set, i))
         for (int byte = 0; byte < 4; byte++)
-            hash = (hash ^ ((uint64_t)i >> (8 * byte) & 0xff)) * 1099511628211u;
+            hash = base_hash(hash, (uint64_t)i >> (8 * byte) & 0xff);
     return hash;
 }
 

@@ -13,6 +13,13 @@ enum plan_kind {
     PLAN_STOP,    /* the followers go home */
 };
 
+enum plan_filters { /* each includes the ones before */
+    PLAN_FILTERS_NONE,
+    PLAN_FILTERS_MASS,  /* top-p or min-p */
+    PLAN_FILTERS_COUNT, /* top-k */
+    PLAN_N_FILTERS,
+};
+
 struct step_plan {
     int32_t kind;
     int32_t seq;          /* PLAN_ADMIT, PLAN_PREFILL, PLAN_SCORE */
@@ -22,7 +29,7 @@ struct step_plan {
     int32_t rows_bucket;  /* PLAN_STEP: buffers are used as for so many rows */
     int32_t logits_bucket;
     int32_t sample_bucket;
-    bool filtered;        /* some sampled row has top-k, top-p or min-p */
+    int32_t filters;      /* what some sampled row has: enum plan_filters */
     bool top;             /* some row wants alternatives */
     int32_t n_release;
     int32_t release[STEP_MAX_ROWS]; /* slots whose sequences are over: their pages are free before anything else happens */

@@ -250,8 +250,9 @@ void engine_cancel(struct engine *e, int64_t id) {
 }
 
 static bool is_stop(const struct engine *e, int32_t token) {
-    for (int i = 0; i < e->scheduler.limits.n_stop; i++)
-        if (e->scheduler.limits.stop_id[i] == token)
+    const struct model_config *c = engine_model(e);
+    for (int i = 0; i < c->n_stop; i++)
+        if (c->stop_id[i] == token)
             return true;
     return false;
 }

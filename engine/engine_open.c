@@ -248,11 +248,10 @@ static void say_choices(const struct engine *e) {
 
 static int init_scheduler(struct engine *e) {
     const struct rank *r = &e->worker.rank;
-    struct scheduler_limits limits = {.max_seqs = e->max_batch, .max_rows = e->worker.forward.max_rows, .chunk_rows = CHUNK_ROWS,
-                                      .n_layers = e->spec.n_layers, .cp_size = r->grid.cp, .layout = r->cache.layout,
-                                      .n_pages = r->cache.shape.n_pages, .context = e->context, .exact_from = exact_from(e),
-                                      .n_stop = r->config->n_stop, .stop_id = r->config->stop_id,
-                                      .random_offsets = e->options.test_offsets, .seed = e->options.test_seed};
+    struct scheduler_limits limits = {.max_seqs = e->max_batch, .chunk_rows = CHUNK_ROWS, .n_layers = e->spec.n_layers,
+                                      .cp_size = r->grid.cp, .layout = r->cache.layout, .n_pages = r->cache.shape.n_pages,
+                                      .exact_from = exact_from(e), .random_offsets = e->options.test_offsets,
+                                      .seed = e->options.test_seed};
     return scheduler_init(&e->scheduler, &limits);
 }
 

@@ -181,7 +181,8 @@ int forward_body(struct forward *f, const struct step_plan *plan, const struct s
 
 /* ---- head ---------------------------------------------------------------------------------------------------------- */
 
-static int launch_filter(struct forward *f, int n_sample, int64_t vocab) {
+/* The first three rounds search for top-k, the last three for top-p; the last one applies min-p too. */
+static int launch_filter(struct forward *f, int n_sample, int64_t vocab, enum plan_filters filters) {
     const struct rank *r = f->rank;
     struct filter_begin_args begin = {.in = f->input, .n_sample = n_sample, .params = r->cache.params, .vocab_count = vocab,
                                       .processed = f->processed, .find_max = true, .max = f->row_max, .state = f->filter};
@@ -190,7 +191,7 @@ static int launch_filter(struct forward *f, int n_sample, int64_t vocab) {
         TRY(comm_all_reduce(r->replica, r->stream, "max of logits", f->row_max, f->row_max, n_sample, COMM_FLOAT, COMM_MAX));
     begin.find_max = false;
     TRY(op_filter_begin(r->stream, &begin));
-    for (int round = 0; round < FILTER_ROUNDS; round++) {
+    for (int round = filters == PLAN_FILTERS_COUNT ? 0 : FILTER_ROUNDS / 2; round < FILTER_ROUNDS; round++) {
         TRY(op_filter_count(r->stream, &(struct filter_count_args){f->input, n_sample, round, vocab, f->processed, f->filter, f->bins}));
         if (comm_size(r->replica) > 1)
             TRY(comm_all_reduce(r->replica, r->stream, "sum of filter counts", f->bins, f->bins, (int64_t)n_sample * (FILTER_BINS + 1),
@@ -200,7 +201,7 @@ static int launch_filter(struct forward *f, int n_sample, int64_t vocab) {
     return STATUS_OK;
 }
 
-static int launch_head(struct forward *f, int n, int n_sample, bool filtered, bool top) {
+static int launch_head(struct forward *f, int n, int n_sample, enum plan_filters filters, bool top) {
     const struct rank *r = f->rank;
     const struct weights *w = &r->weights;
     const int32_t *live = &f->input->n_logits;
@@ -213,11 +214,11 @@ static int launch_head(struct forward *f, int n, int n_sample, bool filtered, bo
     if (n_sample) {
         TRY(op_logits_process(r->stream, &(struct logits_process_args){f->input, n_sample, r->cache.params, r->cache.counts, f->logits,
                                                                        f->processed}));
-        if (filtered)
-            TRY(launch_filter(f, n_sample, vocab));
+        if (filters)
+            TRY(launch_filter(f, n_sample, vocab, filters));
     }
     struct sample_record *own = f->records + (int64_t)comm_rank(r->replica) * n;
-    TRY(op_sample(r->stream, &(struct sample_args){.in = f->input, .n_logits = n, .n_sample = n_sample, .filtered = filtered,
+    TRY(op_sample(r->stream, &(struct sample_args){.in = f->input, .n_logits = n, .n_sample = n_sample, .filtered = filters != PLAN_FILTERS_NONE,
                                                    .top = top, .params = r->cache.params, .vocab_begin = w->slices.vocab.begin,
                                                    .vocab_count = vocab, .logits = f->logits, .processed = f->processed,
                                                    .state = f->filter, .records = own}));
@@ -233,12 +234,12 @@ int forward_head(struct forward *f, const struct step_plan *plan, const struct s
     if (plan->logits_bucket == 0)
         return STATUS_OK;
     struct graph **graph =
-        &f->head[bucket_index(plan->logits_bucket)][bucket_index(plan->sample_bucket)][plan->filtered][plan->top];
+        &f->head[bucket_index(plan->logits_bucket)][bucket_index(plan->sample_bucket)][plan->filters][plan->top];
     if (with_upload)
         TRY(upload(f, input));
     if (!*graph) {
         TRY(backend_record_begin(f->rank->backend));
-        int status = launch_head(f, plan->logits_bucket, plan->sample_bucket, plan->filtered, plan->top);
+        int status = launch_head(f, plan->logits_bucket, plan->sample_bucket, plan->filters, plan->top);
         TRY(backend_record_end(f->rank->backend, graph));
         TRY(status);
     }

@@ -23,7 +23,7 @@ struct forward {
     struct sample_record *records; /* [replica ranks][rows] */
     struct sample_result *results;
     struct graph *body[FORWARD_BUCKETS];
-    struct graph *head[FORWARD_BUCKETS][FORWARD_BUCKETS][2][2]; /* logits, samples, filtered, top */
+    struct graph *head[FORWARD_BUCKETS][FORWARD_BUCKETS][PLAN_N_FILTERS][2]; /* logits, samples, filters, top */
 };
 
 int forward_init(struct forward *forward, struct rank *rank, int max_rows, int max_sample);

@@ -70,12 +70,11 @@ static int64_t most_tokens(const struct sequence *q) {
 static int64_t pages_on(const struct scheduler *s, int rank, int64_t n_tokens, int offset) {
     struct cache_layout layout = s->limits.layout;
     layout.cp_rank = rank;
-    return cache_n_owned(&layout, cache_n_flushed(&layout, n_tokens - 1), offset);
+    return cache_pages_for_offset(&layout, n_tokens, offset);
 }
 
 bool scheduler_could_hold(const struct scheduler *s, int64_t n_tokens) {
-    int64_t blocks = n_tokens > 0 ? cache_n_flushed(&s->limits.layout, n_tokens - 1) : 0;
-    return ceil_div(blocks, s->limits.cp_size) <= s->limits.n_pages;
+    return pages_on(s, 0, n_tokens, 0) <= s->limits.n_pages; /* the owner of block 0 has the most */
 }
 
 static bool offset_fits(const struct scheduler *s, const struct sequence *q, int offset) {
@@ -89,11 +88,11 @@ static bool offset_fits(const struct scheduler *s, const struct sequence *q, int
  * it. Blocks go round the ranks: between two offsets no rank's load differs by more than a block. Where the pages do not allow it, the
  * first offset that fits; -1 when none does. */
 static int choose_offset(const struct scheduler *s, const struct sequence *q) {
-    uint64_t hash = 14695981039346656037u; /* FNV-1a */
+    uint64_t hash = BASE_HASH;
     for (int i = 0; i < q->request.n_prompt; i++)
-        hash = (hash ^ (uint32_t)q->request.prompt[i]) * 1099511628211u;
+        hash = base_hash(hash, (uint32_t)q->request.prompt[i]);
     if (s->limits.random_offsets)
-        hash = (hash ^ s->limits.seed) * 1099511628211u;
+        hash = base_hash(hash, s->limits.seed);
     int cp = s->limits.cp_size, wanted = (int)((hash >> 32) % (uint64_t)cp);
     for (int i = 0; i < cp; i++)
         if (offset_fits(s, q, (wanted + i) % cp))
@@ -217,8 +216,10 @@ static void want(struct wanted *w, struct sequence *q, int row, int64_t position
     }
 }
 
-static bool is_filtered(const struct engine_request *r) {
-    return r->temperature > 0 && (r->top_k > 0 || r->top_p < 1 || r->min_p > 0);
+static enum plan_filters filters_of(const struct engine_request *r) {
+    if (!(r->temperature > 0))
+        return PLAN_FILTERS_NONE;
+    return r->top_k > 0 ? PLAN_FILTERS_COUNT : r->top_p < 1 || r->min_p > 0 ? PLAN_FILTERS_MASS : PLAN_FILTERS_NONE;
 }
 
 static void put_logit(struct step_plan *plan, struct scheduler_flight *flight, struct sequence *q, int32_t row, int32_t position,
@@ -237,7 +238,7 @@ static void finish_logits(struct step_plan *plan, struct scheduler_flight *fligh
     struct step_input *in = &plan->input;
     for (int i = 0; i < w->n_sample; i++) {
         put_logit(plan, flight, w->sample[i].sequence, w->sample[i].row, w->sample[i].position, w->sample[i].target);
-        plan->filtered |= is_filtered(&w->sample[i].sequence->request);
+        plan->filters = (int32_t)max_i64(plan->filters, filters_of(&w->sample[i].sequence->request));
     }
     for (int i = 0; i < w->n_target; i++)
         put_logit(plan, flight, w->score[i].sequence, w->score[i].row, w->score[i].position, w->score[i].target);

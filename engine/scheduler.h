@@ -6,7 +6,7 @@
  * tokens through the decode path, or one layer of an exact prefill. */
 #pragma once
 
-#include "dist/plan.h"
+#include "engine/cache.h"
 #include "engine/engine.h"
 
 enum sequence_state {
@@ -38,15 +38,12 @@ struct sequence {
 };
 
 struct scheduler_limits {
-    int max_seqs, max_rows;          /* slots; rows of a step */
+    int max_seqs;                    /* slots */
     int chunk_rows;                  /* prompt tokens of a step at most */
     int n_layers, cp_size;
     struct cache_layout layout;      /* of any rank: window and cp */
     int64_t n_pages;                 /* of each rank */
-    int64_t context;
     int64_t exact_from;              /* prompts of fewer tokens are exact on the decode path: nothing of them is flushed yet */
-    int n_stop;
-    const int *stop_id;
     bool random_offsets;             /* tests: owner offsets also depend on `seed` */
     uint64_t seed;
 };

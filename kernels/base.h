@@ -79,6 +79,10 @@ double base_seconds(void);
 /* malloc that records STATUS_MEMORY; calloc semantics (zeroed). `*pointer` is NULL on failure. n or size may be 0. */
 int base_alloc(void *pointer, size_t n, size_t size);
 
+/* FNV-1a: begin with BASE_HASH and mix in one byte or word after the other. For choices and comparisons, not for secrets. */
+#define BASE_HASH 14695981039346656037u
+static inline uint64_t base_hash(uint64_t hash, uint64_t word) { return (hash ^ word) * 1099511628211u; }
+
 static inline int64_t min_i64(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t max_i64(int64_t a, int64_t b) { return a > b ? a : b; }
 static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }

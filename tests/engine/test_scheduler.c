@@ -105,6 +105,11 @@ static void check_layer(struct model *m) {
         slot->length = p->n_prompt;
 }
 
+/* Rows that the workers' buffers hold. */
+static int max_rows(const struct scheduler_limits *l) {
+    return plan_bucket(l->chunk_rows > l->max_seqs ? l->chunk_rows : l->max_seqs);
+}
+
 /* Rows of one sequence from *i on: ascending, one block, with the flush that its first token brings. */
 static void check_sequence_rows(struct model *m, int *i, int *n_flush) {
     const struct step_input *in = &m->plan.input;
@@ -133,7 +138,7 @@ static void check_step(struct model *m) {
     const struct step_input *in = &m->plan.input;
     int n_flush = 0;
     bool seen[MOST_SEQS] = {false};
-    CHECK(in->n_rows > 0 && in->n_rows <= m->s.limits.max_rows && m->plan.rows_bucket == plan_bucket(in->n_rows), "%d rows", in->n_rows);
+    CHECK(in->n_rows > 0 && in->n_rows <= max_rows(&m->s.limits) && m->plan.rows_bucket == plan_bucket(in->n_rows), "%d rows", in->n_rows);
     for (int i = 0; i < in->n_rows;) {
         CHECK(!seen[in->row[i].seq], "sequence %d comes twice", in->row[i].seq);
         seen[in->row[i].seq] = true;
@@ -275,10 +280,8 @@ static void check_end(struct model *m) {
 static void model_init(struct model *m, struct scheduler_limits limits, struct request *requests, int n) {
     memset(m, 0, sizeof *m);
     limits.layout.cp_size = limits.cp_size;
-    limits.max_rows = plan_bucket(limits.chunk_rows > limits.max_seqs ? limits.chunk_rows : limits.max_seqs);
     limits.n_layers = LAYERS;
     limits.exact_from = (limits.layout.window_blocks + 1) * KV_BLOCK;
-    limits.context = 4096;
     REQUIRE(scheduler_init(&m->s, &limits));
     m->requests = requests;
     m->n_requests = n;
