@@ -1,17 +1,54 @@
 /* The first seam's front: finds a backend by name and calls through its table. */
 #include "kernels/backend_impl.h"
 
+#include <stdio.h>
 #include <string.h>
 
-static const struct backend_table *const tables[] = {&backend_cpu_table, &backend_cpu_async_table};
+static const struct backend_table *const tables[] = {
+    &backend_cpu_table,
+    &backend_cpu_async_table,
+#ifdef KVLINC_WITH_CUDA
+    &backend_cuda_table,
+#endif
+};
 
-int backend_open(const char *name, const struct backend_options *options, struct backend **out) {
+static const struct backend_table *find(const char *name) {
     for (size_t i = 0; i < sizeof tables / sizeof *tables; i++)
         if (strcmp(name, tables[i]->name) == 0)
-            return tables[i]->open(options, out);
+            return tables[i];
+    return NULL;
+}
+
+int backend_open(const char *name, const struct backend_options *options, struct backend **out) {
+    const struct backend_table *table = find(name);
+    if (table)
+        return table->open(options, out);
     if (strcmp(name, "cuda") == 0)
-        FAIL(STATUS_USAGE, "device cuda: this build of kvlinc has no GPU backend; devices: cpu");
-    FAIL(STATUS_USAGE, "device '%s' is not known; devices: cpu, cpu-async", name);
+        FAIL(STATUS_USAGE, "device cuda: this program was built without CUDA: build it with -DWITH_CUDA=ON; devices: cpu");
+    FAIL(STATUS_USAGE, "device '%s' is not known; devices: cpu, cpu-async, cuda", name);
+}
+
+bool backend_has(const char *name) { return find(name) != NULL; }
+
+int backend_n_devices(const char *name) {
+    const struct backend_table *table = find(name);
+#ifdef KVLINC_WITH_CUDA
+    if (table == &backend_cuda_table)
+        return backend_cuda_n_devices();
+#endif
+    return table ? 1 : 0;
+}
+
+int backend_find_device(const char *name, int device, struct backend_device *out) {
+    *out = (struct backend_device){0};
+#ifdef KVLINC_WITH_CUDA
+    if (find(name) == &backend_cuda_table)
+        return backend_cuda_find_device(device, out);
+#endif
+    if (device != 0 || !find(name))
+        FAIL(STATUS_USAGE, "device %s %d: there is no such device", name, device);
+    snprintf(out->name, sizeof out->name, "%s", name);
+    return STATUS_OK;
 }
 
 void backend_close(struct backend *backend) {
@@ -45,6 +82,20 @@ size_t backend_used(const struct backend *backend, enum memory purpose) {
     return backend->table->used(backend, purpose);
 }
 
+void backend_count(struct backend *backend, enum memory purpose, int64_t bytes) {
+    if (backend->table->count)
+        backend->table->count(backend, purpose, bytes);
+}
+
+int64_t backend_free_bytes(const struct backend *backend) {
+    return backend->table->free_bytes ? backend->table->free_bytes(backend) : -1;
+}
+
+void backend_set_watch(struct backend *backend, const struct backend_watch *watch) {
+    if (backend->table->set_watch)
+        backend->table->set_watch(backend, watch);
+}
+
 int stream_open(struct backend *backend, struct stream **out) { return backend->table->stream_open(backend, out); }
 
 void stream_close(struct stream *stream) {
@@ -60,6 +111,19 @@ int stream_launch(struct stream *stream, int op, const void *args, size_t args_b
 
 int stream_call(struct stream *stream, int (*function)(void *), const void *args, size_t args_bytes) {
     return stream->backend->table->call(stream, function, args, args_bytes);
+}
+
+int stream_native(struct stream *stream, void **native) {
+    *native = NULL;
+    return stream->backend->table->native ? stream->backend->table->native(stream, native) : STATUS_OK;
+}
+
+int stream_keep(struct stream *stream, int status) {
+    return stream->backend->table->keep ? stream->backend->table->keep(stream, status) : status;
+}
+
+int stream_fence(struct stream *stream) {
+    return stream->backend->table->fence ? stream->backend->table->fence(stream) : STATUS_OK;
 }
 
 int stream_copy_in(struct stream *stream, void *device, const void *host, size_t bytes) {

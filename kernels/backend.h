@@ -35,9 +35,25 @@ struct backend_options {
     int n_threads;      /* CPU: threads of one operation; 0: as many as the process is bound to */
     uint64_t seed;      /* cpu-async: of the random delays */
     bool profile;       /* keep the time of each kind of work: backend_profile */
+    int device;         /* cuda: which of backend_n_devices */
 };
 
-/* `name`: "cpu" or "cpu-async". Errors: STATUS_USAGE for another name, naming those that exist. */
+/* Whether this build has a backend of this name, with devices or without. */
+bool backend_has(const char *name);
+
+/* Devices of a backend that this process can use: 1 for "cpu" and "cpu-async"; GPUs for "cuda", 0 without a driver or in a build without CUDA. */
+int backend_n_devices(const char *name);
+
+/* What one of them is. */
+struct backend_device {
+    char name[64];      /* "NVIDIA H100 80GB HBM3" */
+    char pci[16];       /* "0000:1b:00.0"; "" for a CPU */
+    int64_t bytes;      /* memory of its own; 0 for a CPU */
+    int architecture;   /* compute capability times ten; 0 for a CPU */
+};
+int backend_find_device(const char *name, int device, struct backend_device *out);
+
+/* `name`: "cpu", "cpu-async" or "cuda". Errors: STATUS_USAGE for another name or one that is not there, naming those that are. */
 int backend_open(const char *name, const struct backend_options *options, struct backend **out);
 void backend_close(struct backend *backend);
 
@@ -61,6 +77,21 @@ int backend_alloc(struct backend *backend, enum memory purpose, size_t bytes, vo
 void backend_free(struct backend *backend, void *pointer);
 size_t backend_used(const struct backend *backend, enum memory purpose);
 
+/* Adds to backend_used what another library allocated on the device for this purpose (negative: gave back). */
+void backend_count(struct backend *backend, enum memory purpose, int64_t bytes);
+/* Bytes of the device's own memory that nobody has taken; -1 for a CPU: the host's memory is shared out by dist/place. */
+int64_t backend_free_bytes(const struct backend *backend);
+
+/* Who is told when the host waits for a device: `begin` once a wait has lasted some milliseconds, then `poll` again and again, which may
+ * end the wait by a failure, and `end`. NULL: nobody. A CPU backend's waits are those of its communicators, which watch themselves. */
+struct backend_watch {
+    void *context;
+    void (*begin)(void *context, const char *what);
+    int (*poll)(void *context);
+    void (*end)(void *context);
+};
+void backend_set_watch(struct backend *backend, const struct backend_watch *watch);
+
 int stream_open(struct backend *backend, struct stream **out);
 void stream_close(struct stream *stream);
 struct backend *stream_backend(struct stream *stream);
@@ -72,6 +103,13 @@ int stream_launch(struct stream *stream, int op, const void *args, size_t args_b
  * `function` returns a status; `args` is copied (at most STREAM_MAX_ARGS bytes). */
 enum { STREAM_MAX_ARGS = 512 };
 int stream_call(struct stream *stream, int (*function)(void *args), const void *args, size_t args_bytes);
+
+/* For libraries that enqueue work themselves: the stream as they know it (a cudaStream_t; NULL on a CPU), ready to take work: part of the
+ * recording under way, if there is one. Errors: the stream's kept failure. stream_keep keeps what they returned, and returns it. */
+int stream_native(struct stream *stream, void **native);
+int stream_keep(struct stream *stream, int status);
+/* What a library enqueues next sees all that earlier work of the stream wrote, even if its kernels do not wait for that as they should. */
+int stream_fence(struct stream *stream);
 
 int stream_copy_in(struct stream *stream, void *device, const void *host, size_t bytes);
 int stream_copy_out(struct stream *stream, void *host, const void *device, size_t bytes);

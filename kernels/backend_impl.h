@@ -13,6 +13,14 @@ struct backend_table {
     int (*alloc)(struct backend *backend, enum memory purpose, size_t bytes, void **pointer);
     void (*free)(struct backend *backend, void *pointer);
     size_t (*used)(const struct backend *backend, enum memory purpose);
+    /* The next ones only where the device is not the host: NULL for a CPU. */
+    void (*count)(struct backend *backend, enum memory purpose, int64_t bytes);
+    int64_t (*free_bytes)(const struct backend *backend);
+    void (*set_watch)(struct backend *backend, const struct backend_watch *watch);
+    int (*native)(struct stream *stream, void **native);
+    int (*keep)(struct stream *stream, int status);
+    int (*fence)(struct stream *stream);
+
     int (*stream_open)(struct backend *backend, struct stream **out);
     void (*stream_close)(struct stream *stream);
     int (*launch)(struct stream *stream, int op, const void *args, size_t args_bytes);
@@ -48,3 +56,8 @@ struct graph {
 
 extern const struct backend_table backend_cpu_table;
 extern const struct backend_table backend_cpu_async_table;
+extern const struct backend_table backend_cuda_table;
+
+/* backend_n_devices and backend_find_device of "cuda". */
+int backend_cuda_n_devices(void);
+int backend_cuda_find_device(int device, struct backend_device *out);

@@ -9,6 +9,12 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#ifdef __CUDACC__
+#define HOST_DEVICE __host__ __device__
+#else
+#define HOST_DEVICE
+#endif
+
 #ifdef __cplusplus
 extern "C" {
 #endif
@@ -83,10 +89,10 @@ int base_alloc(void *pointer, size_t n, size_t size);
 #define BASE_HASH 14695981039346656037u
 static inline uint64_t base_hash(uint64_t hash, uint64_t word) { return (hash ^ word) * 1099511628211u; }
 
-static inline int64_t min_i64(int64_t a, int64_t b) { return a < b ? a : b; }
-static inline int64_t max_i64(int64_t a, int64_t b) { return a > b ? a : b; }
-static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-static inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+HOST_DEVICE static inline int64_t min_i64(int64_t a, int64_t b) { return a < b ? a : b; }
+HOST_DEVICE static inline int64_t max_i64(int64_t a, int64_t b) { return a > b ? a : b; }
+HOST_DEVICE static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+HOST_DEVICE static inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
 #ifdef __cplusplus
 }

@@ -76,18 +76,18 @@ struct cache_layout {
     int head_dim;
 };
 
-static inline bool cache_owns(const struct cache_layout *c, int64_t block, int64_t owner_offset) {
+HOST_DEVICE static inline bool cache_owns(const struct cache_layout *c, int64_t block, int64_t owner_offset) {
     return (block + owner_offset) % c->cp_size == c->cp_rank;
 }
 
 /* How many of the blocks 0 .. n-1 this rank owns. */
-static inline int64_t cache_n_owned(const struct cache_layout *c, int64_t n, int64_t owner_offset) {
+HOST_DEVICE static inline int64_t cache_n_owned(const struct cache_layout *c, int64_t n, int64_t owner_offset) {
     int64_t first = ((c->cp_rank - owner_offset) % c->cp_size + c->cp_size) % c->cp_size;
     return n > first ? (n - first + c->cp_size - 1) / c->cp_size : 0;
 }
 
 /* F(p): blocks that the token at `position` sees quantized. */
-static inline int64_t cache_n_flushed(const struct cache_layout *c, int64_t position) {
+HOST_DEVICE static inline int64_t cache_n_flushed(const struct cache_layout *c, int64_t position) {
     int64_t n = position / KV_BLOCK - c->window_blocks;
     return n > 0 ? n : 0;
 }
@@ -106,14 +106,20 @@ struct cache_layer {
     bool phi_q_per_head; /* one phi_q per query head */
     const float *gate;   /* [kv_head]: factor on phi_k; NULL: 1 */
     bool states_exact_v; /* S sums V instead of V^q */
+    /* What pages leave out of their keys (kvlinc+, DESIGN, 3). Token o of block j scores scale * (q' . page key + (R_-jG q) . mean[o]), with
+     * q' = q H (orthonormal Sylvester-Hadamard) if rotate_k, else q. The sink and the 16-bit slots hold whole keys; so do pages whose K
+     * part is in 16 bits: both fields need format.k_bits < 16. */
+    bool rotate_k;
+    const float *mean;     /* [kv_head][KV_BLOCK][head_dim]: R_o mu, the mean key before RoPE turned to o; NULL: nothing is left out */
+    const float *inv_freq; /* [head_dim/2]: R turns pairs (i, i + d/2) by float(position) * inv_freq[i]; needed with mean */
 };
 
 /* ---- partial results of attention ---------------------------------------------------------------------------------
  * One record of partial_stride() floats per (row, head): Y[head_dim], then C_n[head_dim] when there is a correction, then
  * m, l, C_d, 0. No token: m = -inf, l = 0, Y = 0. l and Y are sums shifted by this record's own m; C_n, C_d are unscaled
  * (Algorithm 1, lines 13-15: added once to sums shifted by the global max). */
-static inline int partial_stride(int head_dim, bool correction) { return head_dim * (correction ? 2 : 1) + 4; }
-static inline int partial_tail(int head_dim, bool correction) { return head_dim * (correction ? 2 : 1); }
+HOST_DEVICE static inline int partial_stride(int head_dim, bool correction) { return head_dim * (correction ? 2 : 1) + 4; }
+HOST_DEVICE static inline int partial_tail(int head_dim, bool correction) { return head_dim * (correction ? 2 : 1); }
 
 /* ---- the list ------------------------------------------------------------------------------------------------------ */
 
@@ -345,7 +351,7 @@ struct add_args { /* x += y */
 /* ---- exact prefill of one prompt of n tokens (DESIGN, 5) ----------------------------------------------------------
  * Queries are split into 2 cp contiguous chunks of `chunk` = ceil(n / (2 cp)) tokens (the last may be short or empty); rank r has
  * chunks r and 2cp-1-r, one after the other: local row i stands for position r*chunk + i (i < chunk) or (2cp-1-r)*chunk + i - chunk. */
-static inline int64_t prefill_position(int64_t row, int rank, int cp, int64_t chunk) {
+HOST_DEVICE static inline int64_t prefill_position(int64_t row, int rank, int cp, int64_t chunk) {
     return row < chunk ? rank * chunk + row : (2 * cp - 1 - rank) * chunk + row - chunk;
 }
 

@@ -11,13 +11,8 @@
 #pragma once
 
 #include <math.h>
-#include <stdint.h>
 
-#ifdef __CUDACC__
-#define HOST_DEVICE __host__ __device__
-#else
-#define HOST_DEVICE
-#endif
+#include "kernels/base.h"
 
 #define PHILOX_MUL_0 0xD2511F53u  /* multipliers and Weyl increments: SC11, section 4.3 and its published code */
 #define PHILOX_MUL_1 0xCD9E8D57u

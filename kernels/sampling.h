@@ -137,20 +137,21 @@ HOST_DEVICE static inline void sampling_filter_min_p(const struct seq_params *p,
     s->floor = image > s->floor ? image : s->floor;
 }
 
-/* One row's step after the sum over ranks: finds the digit in which the count or mass from above reaches `remaining`. */
-HOST_DEVICE static inline void sampling_filter_narrow(const struct seq_params *p, int round, const uint64_t *bins,
+/* One row's step after the sum over ranks has three parts: aim, the search for the highest digit at which the count or mass from above,
+ * that digit's included, reaches `remaining` (serial here, a parallel sum on a GPU), settle. `total`: the entry after the bins. */
+HOST_DEVICE static inline void sampling_filter_aim(const struct seq_params *p, int round, uint64_t total, struct filter_state *s) {
+    if (round == 3) {
+        double target = ceil((double)p->top_p * (double)total);
+        s->remaining = target >= 1 ? (uint64_t)target : 1; /* top_p <= 0 leaves the most likely token */
+    }
+    if (round % 3 == 0)
+        s->prefix = 0;
+}
+
+/* `above`: what lies in the digits above `digit`; digit -1: all of them together do not reach `remaining`. */
+HOST_DEVICE static inline void sampling_filter_settle(const struct seq_params *p, int round, int digit, uint64_t above,
                                                       struct filter_state *s) {
     if (sampling_is_active(s, round)) {
-        if (round == 3) {
-            double target = ceil((double)p->top_p * (double)bins[FILTER_BINS]);
-            s->remaining = target >= 1 ? (uint64_t)target : 1; /* top_p <= 0 leaves the most likely token */
-        }
-        if (round % 3 == 0)
-            s->prefix = 0;
-        int digit = 1 << sampling_digit_bits(round % 3);
-        uint64_t above = 0;
-        while (--digit >= 0 && above + bins[digit] < s->remaining)
-            above += bins[digit];
         if (digit < 0) { /* fewer tokens than k, or none at all: the floor stays */
             s->active &= ~(uint32_t)(round < 3 ? FILTER_TOP_K : FILTER_TOP_P);
         } else {
@@ -162,6 +163,19 @@ HOST_DEVICE static inline void sampling_filter_narrow(const struct seq_params *p
     }
     if (round == FILTER_ROUNDS - 1)
         sampling_filter_min_p(p, s);
+}
+
+HOST_DEVICE static inline void sampling_filter_narrow(const struct seq_params *p, int round, const uint64_t *bins,
+                                                      struct filter_state *s) {
+    int digit = -1;
+    uint64_t above = 0;
+    if (sampling_is_active(s, round)) {
+        sampling_filter_aim(p, round, bins[FILTER_BINS], s);
+        digit = (1 << sampling_digit_bits(round % 3)) - 1;
+        for (; digit >= 0 && above + bins[digit] < s->remaining; digit--)
+            above += bins[digit];
+    }
+    sampling_filter_settle(p, round, digit, above, s);
 }
 
 /* ---- records ----------------------------------------------------------------------------------------------------- */
@@ -215,4 +229,9 @@ HOST_DEVICE static inline void sampling_record_merge(struct sample_record *into,
 /* sum * e^(max - new_max): 0 for what saw nothing. */
 HOST_DEVICE static inline double sampling_rescale(double sum, float max, float new_max) {
     return max >= -FLT_MAX ? sum * sampling_exp((double)max - (double)new_max) : 0;
+}
+
+/* `log_total` is -inf when every logit is: then so is every log-probability. */
+HOST_DEVICE static inline float sampling_logprob(float logit, double log_total) {
+    return log_total > -INFINITY ? (float)((double)logit - log_total) : -INFINITY;
 }

@@ -129,13 +129,17 @@ static void piece_values(const struct attend_piece *piece, enum dtype window, in
         }
 }
 
-static void attend_piece(const struct unit *unit, const struct attend_piece *piece, const float *q, struct sums *sums) {
+/* `turn`: q whose mean keys the piece leaves out, or NULL; it is page `block`. */
+static void attend_piece(const struct unit *unit, const struct attend_piece *piece, const float *q, const float *turn, int64_t block,
+                         struct sums *sums) {
     float s[UNIT_HEADS * DOT_STRIDE];
     int d = unit->view.args->layout.head_dim;
     enum dtype window = unit->view.args->layer.format.window;
     if (piece->begin >= piece->end)
         return;
     piece_scores(piece, window, unit->n_heads, d, q, s);
+    for (int h = 0; turn && h < unit->n_heads; h++)
+        attend_add_mean(unit->view.args, unit->view.kv_head, block, turn + h * DOT_STRIDE, s + h * DOT_STRIDE);
     piece_weights(piece->end, unit->n_heads, d, s, sums);
     piece_values(piece, window, unit->n_heads, d, s, sums);
 }
@@ -152,30 +156,39 @@ static void unit_queries(const struct unit *unit, float *q) {
     }
 }
 
+static void attend_exact_tokens(const struct unit *unit, const float *q, struct sums *sums) {
+    const struct attend_view *view = &unit->view;
+    struct attend_piece piece = attend_sink_of(view);
+    attend_piece(unit, &piece, q, NULL, 0, sums);
+    for (int64_t block = view->n_flushed; block <= view->position / KV_BLOCK; block++)
+        if (cache_owns(&view->args->layout, block, view->owner_offset)) {
+            piece = attend_window_at(view, block);
+            attend_piece(unit, &piece, q, NULL, 0, sums);
+        }
+}
+
 static void attend_split(const struct unit *unit, int split, struct sums *sums) {
     const struct attend_view *view = &unit->view;
+    const struct cache_layer *layer = &view->args->layer;
     int d = view->args->layout.head_dim, n_heads = unit->n_heads, n_ranges = unit->n_splits - 1;
-    float q[UNIT_HEADS * DOT_STRIDE];
-    struct attend_piece piece;
+    float q[UNIT_HEADS * DOT_STRIDE], plain[UNIT_HEADS * DOT_STRIDE];
     unit_queries(unit, q);
     sums_clear(sums, n_heads, d);
     if (split == n_ranges) {
-        piece = attend_sink_of(view);
-        attend_piece(unit, &piece, q, sums);
-        for (int64_t block = view->n_flushed; block <= view->position / KV_BLOCK; block++)
-            if (cache_owns(&view->args->layout, block, view->owner_offset)) {
-                piece = attend_window_at(view, block);
-                attend_piece(unit, &piece, q, sums);
-            }
+        attend_exact_tokens(unit, q, sums);
         return;
     }
+    if (layer->mean)
+        memcpy(plain, q, sizeof(float) * (size_t)(n_heads * DOT_STRIDE));
+    for (int h = 0; layer->rotate_k && h < n_heads; h++)
+        attend_rotate(q + h * DOT_STRIDE, d);
     int64_t end = view->n_pages * (split + 1) / n_ranges;
     for (int64_t first = view->n_pages * split / n_ranges; first < end; first += SPLIT_PAGES) {
         struct sums step;
         sums_clear(&step, n_heads, d);
         for (int64_t page = first; page < min_i64(end, first + SPLIT_PAGES); page++) {
-            piece = attend_page_at(view, page);
-            attend_piece(unit, &piece, q, &step);
+            struct attend_piece piece = attend_page_at(view, page);
+            attend_piece(unit, &piece, q, layer->mean ? plain : NULL, attend_page_block(view, page), &step);
         }
         sums_merge(sums, &step, n_heads, d);
     }

@@ -1,6 +1,8 @@
 /* What the two ways of attending over the cache share: where the blocks that a row sees lie, and where its record goes. */
 #pragma once
 
+#include <math.h>
+
 #include "kernels/cpu/cpu.h"
 #include "kernels/cpu/page.h"
 
@@ -65,6 +67,54 @@ static inline struct attend_piece attend_window_at(const struct attend_view *vie
     const uint8_t *k = (const uint8_t *)view->args->layer.window + index * 2 * head_bytes;
     int64_t end = view->position - block * KV_BLOCK + 1;
     return (struct attend_piece){k, k + head_bytes, 16, 16, 0, (int)min_i64(KV_BLOCK, end)};
+}
+
+/* The block that page `local` holds. */
+static inline int64_t attend_page_block(const struct attend_view *view, int64_t local) {
+    int cp = view->args->layout.cp_size;
+    return ((view->args->layout.cp_rank - view->owner_offset) % cp + cp) % cp + local * cp;
+}
+
+/* q -> q H: what the keys of pages are multiplied with where layer.rotate_k. */
+static inline void attend_rotate(float *q, int d) {
+    for (int span = 1; span < d; span *= 2)
+        for (int i = 0; i < d; i++)
+            if (!(i & span)) {
+                float a = q[i], b = q[i + span];
+                q[i] = a + b;
+                q[i + span] = a - b;
+            }
+    for (int i = 0; i < d; i++)
+        q[i] *= 1.0f / sqrtf((float)d);
+}
+
+/* out = R_-jG q: with it, a page's tokens get mean[o] back that their keys leave out (block j; only with layer.mean). */
+static inline void attend_turn_back(const struct attend_args *args, int64_t block, const float *q, float *out) {
+    int half = args->layout.head_dim / 2;
+    for (int i = 0; i < half; i++) {
+        float angle = (float)(block * KV_BLOCK) * args->layer.inv_freq[i], c = cosf(angle), s = sinf(angle);
+        out[i] = q[i] * c + q[i + half] * s;
+        out[i + half] = q[i + half] * c - q[i] * s;
+    }
+}
+
+/* The mean keys [KV_BLOCK][head_dim] of a KV head. */
+static inline const float *attend_mean_of(const struct attend_args *args, int kv_head) {
+    return args->layer.mean + (int64_t)kv_head * KV_BLOCK * args->layout.head_dim;
+}
+
+/* Adds (R_-jG q) . mean[o] to the scores of tokens o = 0 .. KV_BLOCK-1 of block j. q as the scores take it: scaled, not rotated by H. */
+static inline void attend_add_mean(const struct attend_args *args, int kv_head, int64_t block, const float *q, float *scores) {
+    int d = args->layout.head_dim;
+    const float *mean = attend_mean_of(args, kv_head);
+    float turned[KV_MAX_HEAD_DIM];
+    attend_turn_back(args, block, q, turned);
+    for (int o = 0; o < KV_BLOCK; o++) {
+        float sum = 0.0f;
+        for (int c = 0; c < d; c++)
+            sum += turned[c] * mean[o * d + c];
+        scores[o] += sum;
+    }
 }
 
 /* Where the record of (row, head) lies. */

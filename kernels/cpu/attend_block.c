@@ -44,7 +44,49 @@ struct tile {
     int n;
 };
 
-static void tile_piece(const struct tile *tile, const struct attend_piece *piece, const float *visible, struct flash *f) {
+/* keys[c * channel + t * token] = H keys. */
+static void rotate_keys(int d, int channel, int token, float *keys) {
+    if (channel == 1) {
+        for (int t = 0; t < KV_BLOCK; t++)
+            attend_rotate(keys + t * token, d);
+        return;
+    }
+    for (int span = 1; span < d; span *= 2)
+        for (int c = 0; c < d; c++)
+            for (int t = 0; t < KV_BLOCK && !(c & span); t++) {
+                float *at = keys + c * channel + t, a = at[0], b = at[span * channel];
+                at[0] = a + b;
+                at[span * channel] = a - b;
+            }
+    for (int i = 0; i < d * KV_BLOCK; i++)
+        keys[i] *= 1.0f / sqrtf((float)d);
+}
+
+/* keys[c * channel + t * token] += R_jG mean[t]. */
+static void add_means(const struct attend_args *args, int kv_head, int64_t block, int channel, int token, float *keys) {
+    const float *mean = attend_mean_of(args, kv_head);
+    int d = args->layout.head_dim, half = d / 2;
+    for (int i = 0; i < half; i++) {
+        float angle = (float)(block * KV_BLOCK) * args->layer.inv_freq[i], cosine = cosf(angle), sine = sinf(angle);
+        for (int t = 0; t < KV_BLOCK; t++) {
+            float a = mean[t * d + i], b = mean[t * d + i + half];
+            keys[i * channel + t * token] += a * cosine - b * sine;
+            keys[(i + half) * channel + t * token] += b * cosine + a * sine;
+        }
+    }
+}
+
+/* A page's keys become those that the query as it is given meets: (q H) . k = q . (H k), (R_-jG q) . mean = q . (R_jG mean). */
+static void whole_keys(const struct attend_args *args, int kv_head, int64_t block, bool by_channel, float *keys) {
+    int d = args->layout.head_dim, channel = by_channel ? KV_BLOCK : 1, token = by_channel ? 1 : d;
+    if (args->layer.rotate_k)
+        rotate_keys(d, channel, token, keys);
+    if (args->layer.mean)
+        add_means(args, kv_head, block, channel, token, keys);
+}
+
+/* `block`: of a page; -1: the piece's keys are whole. */
+static void tile_piece(const struct tile *tile, const struct attend_piece *piece, int64_t block, const float *visible, struct flash *f) {
     _Alignas(64) float keys[KV_BLOCK * KV_MAX_HEAD_DIM], values[KV_BLOCK * KV_MAX_HEAD_DIM];
     enum dtype window = tile->args->layer.format.window;
     int d = f->d, n = piece->end - piece->begin;
@@ -57,6 +99,8 @@ static void tile_piece(const struct tile *tile, const struct attend_piece *piece
     } else {
         unpack_part(piece->k, d, piece->k_bits, d, KV_BLOCK, keys);
     }
+    if (block >= 0)
+        whole_keys(tile->args, tile->view.kv_head, block, piece->k_bits < 16, keys);
     if (piece->v_bits == 16)
         simd_widen(window, piece->v, values, (int64_t)piece->end * d);
     else
@@ -76,7 +120,7 @@ static void tile_window(const struct tile *tile, struct flash *f) {
             visible[i] = (float)(tile->args->in->row[row].position - block * KV_BLOCK + 1);
         }
         struct attend_piece piece = attend_window_at(view, block);
-        tile_piece(tile, &piece, block == current ? visible : NULL, f);
+        tile_piece(tile, &piece, -1, block == current ? visible : NULL, f);
     }
 }
 
@@ -91,10 +135,10 @@ static void tile_run(const struct tile *tile) {
     }
     for (int64_t page = 0; page < tile->view.n_pages; page++) {
         struct attend_piece piece = attend_page_at(&tile->view, page);
-        tile_piece(tile, &piece, NULL, &f);
+        tile_piece(tile, &piece, attend_page_block(&tile->view, page), NULL, &f);
     }
     struct attend_piece sink = attend_sink_of(&tile->view);
-    tile_piece(tile, &sink, NULL, &f);
+    tile_piece(tile, &sink, -1, NULL, &f);
     tile_window(tile, &f);
     flash_end(&f);
     for (int i = 0; i < tile->n; i++) {

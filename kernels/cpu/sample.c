@@ -173,11 +173,6 @@ void cpu_sample(const struct sample_args *args) {
 
 /* ---- sample_merge ------------------------------------------------------------------------------------------------ */
 
-/* `log_total` is -inf when every logit is: then so is every log-probability. */
-static float logprob_of(float logit, double log_total) {
-    return log_total > -INFINITY ? (float)((double)logit - log_total) : -INFINITY;
-}
-
 static void merge_row(const struct sample_merge_args *args, int64_t row) {
     struct sample_record all;
     double sum = 0;
@@ -192,12 +187,12 @@ static void merge_row(const struct sample_merge_args *args, int64_t row) {
     struct sample_result *out = &args->results[row];
     bool sampled = row < args->in->n_sample && row < args->n_sample;
     out->token = sampled ? all.best_id : -1;
-    out->logprob = sampled ? logprob_of(all.best_logit, log_total) : 0;
-    out->target_logprob = args->in->logit[row].target >= 0 ? logprob_of(all.target, log_total) : 0;
+    out->logprob = sampled ? sampling_logprob(all.best_logit, log_total) : 0;
+    out->target_logprob = args->in->logit[row].target >= 0 ? sampling_logprob(all.target, log_total) : 0;
     out->n_top = 0;
     for (int t = 0; t < STEP_MAX_TOP; t++) {
         out->top_id[t] = all.top_id[t];
-        out->top_logprob[t] = logprob_of(all.top_logit[t], log_total);
+        out->top_logprob[t] = sampling_logprob(all.top_logit[t], log_total);
         out->n_top += all.top_id[t] >= 0;
     }
     if (!sampled)

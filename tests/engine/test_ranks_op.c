@@ -613,7 +613,7 @@ static void check_off(struct rig *r, const struct config *c, float *out, float *
     size_t bytes = (size_t)N_ROWS * N_HEADS * (size_t)c->d * sizeof *out;
     l->features = 0; /* adapters and states are there, the correction is off */
     rig_merge(r, c, MERGE_GATHER, false, out);
-    *l = (struct cache_layer){kept.format, kept.pages, kept.page_stride, kept.window, kept.sink, NULL, 0, NULL, NULL, false, NULL, false};
+    *l = (struct cache_layer){.format = kept.format, .pages = kept.pages, .page_stride = kept.page_stride, .window = kept.window, .sink = kept.sink};
     rig_merge(r, c, MERGE_GATHER, false, again);
     *l = kept;
     CHECK(memcmp(out, again, bytes) == 0, "%s: off is not the plain path", c->name);

@@ -1,9 +1,10 @@
 /* Attention over the cache against plain double precision over the same pages, both paths: every pair of bits, head sizes, groups,
- * ranks, owner offsets, windows, sinks and positions around the edges of blocks, with NaN in everything that a rank does not own or must
- * not read. Then a million keys far below the max, shifted scores, padding, threads and batches.
+ * ranks, owner offsets, windows, sinks, keys of pages rotated and without their mean, and positions around the edges of blocks, with NaN in
+ * everything that a rank does not own or must not read. Then a million keys far below the max, shifted scores, padding, threads and batches.
  *
  * Tolerances are derived. u = 2^-24. A score is a sum of d products (each off by 2u, added one after the other, plus the constant of
- * the page): off by at most (d + 8) u A, A = scale * sum |q| (|code * scale| + |zero|). e^x passes that on as a relative error of
+ * the page): off by at most (d + 8) u A, A = scale * sum |q| (|code * scale| + |zero|). Rotated keys and mean keys are further sums of the
+ * same kind: 16u more of A with each |key| replaced by the absolute terms that it becomes a sum of. e^x passes that on as a relative error of
  * twice it (the score and the max), plus 4u of its own. A sum over a block adds at most 128 terms in a row, then block by block with
  * a factor each: (128 + 3 * blocks) u of the sum of absolute terms. */
 #include <omp.h>
@@ -22,6 +23,7 @@ struct setup {
     int group, owner_offset;
     int64_t first, n_rows; /* positions of the rows */
     float key_shift;       /* moves all scores by about this much */
+    bool rotate, mean;     /* layer.rotate_k, layer.mean */
     uint64_t seed;
 };
 
@@ -32,6 +34,7 @@ struct world { /* one rank's memory and the truth */
     double *k, *v, *k_abs, *v_abs; /* [token][kv_head][d]: values, and sums of absolute parts */
     uint8_t *pages, *window, *sink;
     int32_t *table;
+    float *mean, inv_freq[KV_MAX_HEAD_DIM / 2];
     void *q;
     float *qf;
     struct step_input *in;
@@ -137,6 +140,51 @@ static void fill_blocks(struct world *w) {
     }
 }
 
+/* (q H) . k = q . (H k), and (R_-jG q) . mean[o] = q . (R_jG mean[o]): what a page's key is to the query as it is given. */
+static void make_whole(const struct world *w, int64_t block, int token, int head) {
+    int d = w->s.format.head_dim, half = d / 2;
+    double *k = w->k + at(w, block * KV_BLOCK + token, head, 0), *k_abs = w->k_abs + at(w, block * KV_BLOCK + token, head, 0);
+    double turned[KV_MAX_HEAD_DIM] = {0}, sum_abs = 0.0;
+    for (int i = 0; w->s.rotate && i < d; i++) {
+        sum_abs += k_abs[i] / sqrt((double)d);
+        for (int j = 0; j < d; j++)
+            turned[i] += (__builtin_popcount((unsigned)(i & j)) % 2 ? -k[j] : k[j]) / sqrt((double)d);
+    }
+    for (int i = 0; w->s.rotate && i < d; i++)
+        k[i] = turned[i], k_abs[i] = sum_abs;
+    const float *mean = w->mean + (head * KV_BLOCK + token) * d;
+    for (int i = 0; w->s.mean && i < half; i++) {
+        double angle = (double)((float)(block * KV_BLOCK) * w->inv_freq[i]), a = (double)mean[i], b = (double)mean[i + half];
+        k[i] += a * cos(angle) - b * sin(angle);
+        k[i + half] += b * cos(angle) + a * sin(angle);
+        k_abs[i] += fabs(a) + fabs(b);
+        k_abs[i + half] += fabs(a) + fabs(b);
+    }
+}
+
+static void make_whole_keys(struct world *w) {
+    const struct cache_layout *l = &w->s.layout;
+    int64_t n_flushed = cache_n_flushed(l, w->s.first + w->s.n_rows - 1);
+    for (int64_t block = 0; block < n_flushed; block++)
+        for (int t = block ? 0 : l->sink; t < KV_BLOCK && owned(w, block); t++)
+            for (int h = 0; h < l->n_kv_heads; h++)
+                make_whole(w, block, t, h);
+}
+
+static void make_means(struct world *w) {
+    int d = w->s.format.head_dim, n = w->s.layout.n_kv_heads * KV_BLOCK * d;
+    w->mean = fresh((size_t)n * sizeof *w->mean, 0);
+    for (int i = 0; i < n; i++)
+        w->mean[i] = test_normal(w->s.seed + 6, (uint64_t)i);
+    for (int i = 0; i < d / 2; i++)
+        w->inv_freq[i] = powf(10000.0f, -2.0f * (float)i / (float)d);
+    w->args.layer.rotate_k = w->s.rotate;
+    if (w->s.mean) {
+        w->args.layer.mean = w->mean;
+        w->args.layer.inv_freq = w->inv_freq;
+    }
+}
+
 static void make_queries(struct world *w) {
     int d = w->s.format.head_dim;
     int64_t n = w->s.n_rows * w->n_heads * d;
@@ -177,12 +225,14 @@ static void world_make(struct world *w, const struct setup *s) {
     w->args.page_table = w->table;
     w->args.table_stride = w->table_stride;
     fill_blocks(w);
+    make_means(w);
+    make_whole_keys(w);
     make_queries(w);
     w->args.q = w->q;
 }
 
 static void world_free(struct world *w) {
-    void *all[] = {w->k, w->v, w->k_abs, w->v_abs, w->pages, w->window, w->sink, w->table, w->q, w->qf, w->in, w->params};
+    void *all[] = {w->k, w->v, w->k_abs, w->v_abs, w->pages, w->window, w->sink, w->table, w->mean, w->q, w->qf, w->in, w->params};
     for (size_t i = 0; i < sizeof all / sizeof *all; i++)
         free(all[i]);
 }
@@ -205,7 +255,7 @@ static bool truth(const struct world *w, int64_t i, int h, double *m, double *l,
         }
         s[t] = sum * (double)w->args.scale;
         *m = fmax(*m, s[t]);
-        *score_error = fmax(*score_error, (d + 8) * 0x1p-24 * sum_abs * (double)w->args.scale);
+        *score_error = fmax(*score_error, (d + 8 + (w->s.rotate || w->s.mean ? 16 : 0)) * 0x1p-24 * sum_abs * (double)w->args.scale);
     }
     for (int64_t t = 0; t <= w->s.first + i; t++) {
         if (!owned(w, t / KV_BLOCK))
@@ -242,8 +292,9 @@ static void check_record(const struct world *w, int64_t i, int h, const float *r
             fine = fine && record[c] == 0.0f;
     }
     const struct cache_layout *y_l = &w->s.layout;
-    CHECK(fine, "bits %d %d, d %d, group %d, cp %d of %d, offset %d, W %d, sink %d, row %ld at %ld, head %d: m %g (%g) l %g (%g), Y off by %g of its bound",
-          w->s.format.k_bits, w->s.format.v_bits, d, w->s.group, y_l->cp_rank, y_l->cp_size, w->s.owner_offset, y_l->window_blocks, y_l->sink,
+    CHECK(fine, "bits %d %d, d %d, group %d, cp %d of %d, offset %d, W %d, sink %d, rotate %d, mean %d, "
+          "row %ld at %ld, head %d: m %g (%g) l %g (%g), Y off by %g of its bound",
+          w->s.format.k_bits, w->s.format.v_bits, d, w->s.group, y_l->cp_rank, y_l->cp_size, w->s.owner_offset, y_l->window_blocks, y_l->sink, w->s.rotate, w->s.mean,
           (long)i, (long)(w->s.first + i), h, (double)tail[0], m, (double)tail[1], l, worst);
 }
 
@@ -314,6 +365,8 @@ static struct setup setup_of(int k_bits, int v_bits, int d, uint64_t seed) {
                                      .sink = seed / 5 % 2 ? 16 : 0, .head_dim = d};
     s.layout.n_slots = (int)ceil_div(s.layout.window_blocks + 1, s.layout.cp_size);
     s.owner_offset = (int)(seed % 4);
+    s.rotate = seed / 2 % 3 == 1;
+    s.mean = seed / 4 % 3 == 1;
     return s;
 }
 
