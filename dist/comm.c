@@ -8,11 +8,12 @@
 
 /* ---- start and end ---------------------------------------------------------------------------------------------------- */
 
-static int start_mpi(double deadline, int *argc, char ***argv, const struct comm_launcher *launcher, struct comm **world) {
+static int start_mpi(const char *asked, double deadline, int *argc, char ***argv, const struct comm_launcher *launcher,
+                     struct comm **world) {
 #ifdef KVLINC_WITH_MPI
-    return comm_mpi_start(deadline, argc, argv, launcher, world);
+    return comm_mpi_start(asked, deadline, argc, argv, launcher, world);
 #else
-    (void)deadline, (void)argc, (void)argv, (void)world;
+    (void)asked, (void)deadline, (void)argc, (void)argv, (void)world;
     if (launcher->size > 1)
         FAIL(STATUS_USAGE, "%s started %d ranks (%s=%d), but this program was built without MPI: build it with -DWITH_MPI=ON, "
              "or start one rank", launcher->name, launcher->size, launcher->variable, launcher->size);
@@ -27,11 +28,12 @@ int comm_start(const char *name, double deadline_seconds, int *argc, char ***arg
     if (!(deadline_seconds > 0))
         FAIL(STATUS_USAGE, "deadline = %g: must be a positive number of seconds", deadline_seconds);
     bool launched = launcher.name && launcher.size != 1;
-    if (strcmp(name, "self") == 0 || (strcmp(name, "auto") == 0 && !launched))
-        return comm_self_start(world);
-    if (strcmp(name, "mpi") == 0 || strcmp(name, "auto") == 0)
-        return start_mpi(deadline_seconds, argc, argv, &launcher, world);
-    FAIL(STATUS_USAGE, "comm = %s: there are auto, mpi and self", name);
+    bool any = strcmp(name, "auto") == 0 || strcmp(name, "nccl") == 0;
+    if (strcmp(name, "self") == 0 || (any && !launched))
+        return comm_self_start(name, world);
+    if (strcmp(name, "mpi") == 0 || any)
+        return start_mpi(name, deadline_seconds, argc, argv, &launcher, world);
+    FAIL(STATUS_USAGE, "comm = %s: there are auto, mpi, nccl and self", name);
 }
 
 void comm_finish(struct comm *world) {
@@ -46,7 +48,7 @@ int comm_size(const struct comm *comm) { return comm->size; }
 const char *comm_kind(const struct comm *comm) { return comm->functions->kind; }
 
 void comm_library(const struct comm *comm, char *text, size_t bytes) {
-    comm->functions->library(text, bytes);
+    comm->functions->library(comm, text, bytes);
     text[strcspn(text, "\r\n")] = '\0';
 }
 
@@ -60,16 +62,83 @@ void comm_free(struct comm *comm) {
         comm->functions->free(comm);
 }
 
-void comm_set_step(struct comm *comm, int64_t step) { comm->functions->set_step(comm, step); }
+void comm_set_step(struct comm *comm, int64_t step) {
+    comm->shared->step = step;
+    comm->functions->set_step(comm, step);
+}
+
+/* ---- devices ------------------------------------------------------------------------------------------------------------ */
+
+/* Ranks that disagree would wait for each other in different libraries. */
+static int check_device(struct comm *comm, const struct backend *backend, bool cuda) {
+    const char *asked = comm->shared->asked, *device = backend_name(backend);
+    int64_t both[2] = {cuda, !cuda};
+    TRY(comm_reduce_host(comm, "choosing the device", both, 2, COMM_MAX));
+    if (both[0] && both[1])
+        FAIL(STATUS_USAGE, "some ranks of %s run on device cuda and some do not: this one on device %s", comm->name, device);
+    if (!cuda && strcmp(asked, "nccl") == 0)
+        FAIL(STATUS_USAGE, "comm = nccl moves memory of GPUs only, and device = %s has none: leave comm out, or take device = cuda",
+             device);
+    if (cuda && comm->size > 1 && strcmp(asked, "mpi") == 0)
+        FAIL(STATUS_USAGE, "device = cuda needs comm = nccl between ranks: comm = mpi moves memory of the host only");
+    return STATUS_OK;
+}
+
+int comm_use_device(struct comm **comm, struct backend *backend) {
+    bool cuda = strcmp(backend_name(backend), "cuda") == 0;
+    TRY(check_device(*comm, backend, cuda));
+    if (!cuda || (*comm)->size == 1)
+        return STATUS_OK;
+#ifdef KVLINC_WITH_CUDA
+    return comm_nccl_wrap(comm, backend);
+#else
+    FAIL(STATUS_USAGE, "device = cuda: this program was built without NCCL: build it with -DWITH_CUDA=ON");
+#endif
+}
+
+/* What the device is at is known by what was put on its streams last; a graph that runs again puts nothing. */
+static void begin_device_wait(void *context, const char *what) {
+    struct comm_shared *shared = context;
+    if (shared->last_what)
+        snprintf(shared->device_what, sizeof shared->device_what, "%s; last collective enqueued: %s", what, shared->last_what);
+    else
+        snprintf(shared->device_what, sizeof shared->device_what, "%s", what);
+    snprintf(shared->device_comm, sizeof shared->device_comm, "%s", shared->last_what ? shared->last_comm : "no collective");
+    shared->device_wait = (struct watch_wait){.what = shared->device_what, .comm = shared->device_comm, .idle_root = -1};
+    watch_enter(shared->watch, &shared->device_wait);
+}
+
+static int poll_device_wait(void *context) {
+    const struct comm_shared *shared = context;
+    return shared->poll ? shared->poll(shared) : STATUS_OK;
+}
+
+static void end_device_wait(void *context) {
+    struct comm_shared *shared = context;
+    watch_leave(shared->watch, &shared->device_wait);
+}
+
+int comm_watch_device(struct comm *world, struct backend *backend) {
+    struct backend_watch watch = {world->shared, begin_device_wait, poll_device_wait, end_device_wait};
+    if (world->size > 1) /* alone, a long wait is long work */
+        backend_set_watch(backend, &watch);
+    return STATUS_OK;
+}
 
 int comm_alloc(struct comm *comm, struct backend *backend, size_t bytes, void *pointer) {
-    (void)comm;
-    return backend_alloc(backend, MEMORY_WORKSPACE, bytes, pointer);
+    void *memory = NULL;
+    if (!comm->functions->alloc)
+        return backend_alloc(backend, MEMORY_WORKSPACE, bytes, pointer);
+    int status = comm->functions->alloc(comm, backend, bytes, &memory);
+    memcpy(pointer, &memory, sizeof memory);
+    return status;
 }
 
 void comm_release(struct comm *comm, struct backend *backend, void *pointer) {
-    (void)comm;
-    backend_free(backend, pointer);
+    if (pointer && comm->functions->release)
+        comm->functions->release(comm, backend, pointer);
+    else
+        backend_free(backend, pointer);
 }
 
 /* ---- collectives on a stream ------------------------------------------------------------------------------------------- */
@@ -97,6 +166,8 @@ int comm_all_reduce(struct comm *comm, struct stream *stream, const char *what, 
         return STATUS_OK;
     if (comm->size == 1)
         return from == to ? STATUS_OK : stream_copy(stream, to, from, (size_t)(count * comm_dtype_bytes(dtype)));
+    if (comm->functions->enqueue_all_reduce)
+        return comm->functions->enqueue_all_reduce(comm, stream, what, from, to, count, dtype, op);
     struct reduce_call call = {comm, what, from, to, count, dtype, op};
     return stream_call(stream, run_reduce, &call, sizeof call);
 }
@@ -121,6 +192,8 @@ int comm_all_gather(struct comm *comm, struct stream *stream, const char *what, 
         return STATUS_OK;
     if (comm->size == 1)
         return from == to ? STATUS_OK : stream_copy(stream, to, from, (size_t)bytes);
+    if (comm->functions->enqueue_all_gather)
+        return comm->functions->enqueue_all_gather(comm, stream, what, from, to, bytes);
     struct gather_call call = {comm, what, from, to, bytes};
     return stream_call(stream, run_gather, &call, sizeof call);
 }
@@ -154,6 +227,8 @@ int comm_all_gatherv(struct comm *comm, struct stream *stream, const char *what,
         char *place = (char *)to + offsets[0];
         return from == place || bytes[0] == 0 ? STATUS_OK : stream_copy(stream, place, from, (size_t)bytes[0]);
     }
+    if (comm->functions->enqueue_all_gatherv)
+        return comm->functions->enqueue_all_gatherv(comm, stream, what, from, to, bytes, offsets);
     for (int first = 0; first < comm->size; first += PARTS_PER_CALL) {
         struct gatherv_call call = {.comm = comm, .what = what, .from = from, .to = to, .first = first};
         int64_t total = 0;

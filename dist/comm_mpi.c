@@ -43,6 +43,7 @@ struct outgoing { /* one message of the watchdog under way */
 
 /* What all communicators of the process share. */
 struct mpi_state {
+    struct comm_shared shared;
     MPI_Comm stream, control, watchdog;
     _Atomic bool serialized;
     _Atomic unsigned next_ticket, serving;
@@ -51,7 +52,6 @@ struct mpi_state {
     int next_id; /* of a communicator; changed by the controlling thread only */
     int largest_id;
     struct watch_peer *peers;
-    struct watch *watch;
     struct outgoing *outgoing;
 };
 
@@ -144,13 +144,13 @@ static int wait_all(struct comm_mpi *comm, struct channel *channel, int n, const
             continue;
         }
         if (!watched && waited > YIELD_SECONDS) {
-            watch_enter(state->watch, &wait);
+            watch_enter(state->shared.watch, &wait);
             watched = true;
         }
         rest(waited);
     }
     if (watched)
-        watch_leave(state->watch, &wait);
+        watch_leave(state->shared.watch, &wait);
     return check(code, comm, what);
 }
 
@@ -334,7 +334,8 @@ static int mpi_new(struct mpi_state *state, int id, const char *name, int rank, 
     struct comm_mpi *comm;
     int status;
     TRY(base_alloc(&comm, 1, sizeof *comm));
-    comm->base = (struct comm){.functions = &mpi_functions, .rank = rank, .size = size, .world_rank = world_ranks[rank]};
+    comm->base = (struct comm){.functions = &mpi_functions, .shared = &state->shared, .rank = rank, .size = size,
+                               .world_rank = world_ranks[rank]};
     snprintf(comm->base.name, sizeof comm->base.name, "%s", name);
     comm->state = state;
     comm->id = id;
@@ -395,7 +396,7 @@ fail:
     return status;
 }
 
-static void mpi_set_step(struct comm *base, int64_t step) { watch_set_step(mpi_of(base)->state->watch, step); }
+static void mpi_set_step(struct comm *base, int64_t step) { watch_set_step(mpi_of(base)->state->shared.watch, step); }
 
 void comm_mpi_set_limits(struct comm *world, int64_t chunk_bytes, bool serialized) {
     struct mpi_state *state = mpi_of(world)->state;
@@ -465,7 +466,7 @@ __attribute__((noreturn)) static void mpi_abort(struct comm *base, int exit_code
 }
 
 static void state_free(struct mpi_state *state) {
-    watch_close(state->watch);
+    watch_close(state->shared.watch);
     while (state->outgoing) {
         struct outgoing *one = state->outgoing;
         state->outgoing = one->next;
@@ -489,7 +490,7 @@ static void mpi_finish(struct comm *base) {
     int64_t done = 1;
     if (comm_broadcast_idle(base, "the end of the run", &done, sizeof done, 0) < 0 || comm_barrier(base, "the end of the run") < 0)
         mpi_abort(base, 1);
-    watch_stop(state->watch);
+    watch_stop(state->shared.watch);
     guard_start(&guard, state->deadline, 1, "MPI_Finalize does not return: a rank was stopped or lost at the end of the run");
     struct watch_message late;
     while (link_receive(state, &late))
@@ -547,7 +548,7 @@ static int start_world(struct mpi_state *state, int rank, int size, struct comm 
     for (int r = 0; r < size; r++)
         ranks[r] = r;
     struct watch_link link = {state, link_send, link_receive, link_end_job};
-    TRY_GOTO(watch_open(&link, rank, size, state->deadline, state->peers, &state->watch));
+    TRY_GOTO(watch_open(&link, rank, size, state->deadline, state->peers, &state->shared.watch));
     TRY_GOTO(mpi_new(state, state->next_id++, "world", rank, size, ranks, out));
     TRY_GOTO(learn_peers(mpi_of(*out)));
 fail:
@@ -555,7 +556,8 @@ fail:
     return status;
 }
 
-static int start_library(double deadline_seconds, int *argc, char ***argv, const struct comm_launcher *launcher, struct comm **world) {
+static int start_library(const char *asked, double deadline_seconds, int *argc, char ***argv, const struct comm_launcher *launcher,
+                         struct comm **world) {
     int given = MPI_THREAD_SINGLE, rank = 0, size = 0, status;
     if (MPI_Init_thread(argc, argv, MPI_THREAD_MULTIPLE, &given) != MPI_SUCCESS)
         FAIL(STATUS_FAILED, "MPI_Init_thread failed");
@@ -569,6 +571,7 @@ static int start_library(double deadline_seconds, int *argc, char ***argv, const
     *state = (struct mpi_state){.stream = MPI_COMM_NULL, .control = MPI_COMM_NULL, .watchdog = MPI_COMM_NULL,
                                 .serialized = given < MPI_THREAD_MULTIPLE, .chunk_bytes = CHUNK_BYTES,
                                 .deadline = deadline_seconds};
+    snprintf(state->shared.asked, sizeof state->shared.asked, "%s", asked);
     TRY_GOTO(start_world(state, rank, size, world));
     return STATUS_OK;
 fail:
@@ -585,7 +588,8 @@ fail:
 
 /* MPI_Init waits for all ranks and cannot be polled, and there is no watchdog before it has returned: a guard stands beside it,
  * the later the higher the rank, so that one of them speaks. */
-int comm_mpi_start(double deadline_seconds, int *argc, char ***argv, const struct comm_launcher *launcher, struct comm **world) {
+int comm_mpi_start(const char *asked, double deadline_seconds, int *argc, char ***argv, const struct comm_launcher *launcher,
+                   struct comm **world) {
     static const double LEAST_SECONDS = 10, AFTER_SECONDS = 0.5; /* a library may take seconds, whatever the deadline of steps is */
     static const int LATEST = 6;
     if (launcher->size > 1 && !launcher->connects) /* some libraries end every such process in MPI_Init, with a page of text each */
@@ -596,12 +600,13 @@ int comm_mpi_start(double deadline_seconds, int *argc, char ***argv, const struc
     snprintf(text, sizeof text, "no progress for %.0f s in MPI_Init, before the first step; a rank did not start, was stopped, or its host "
              "is out of reach; the job ends", seconds);
     guard_start(&guard, seconds + AFTER_SECONDS * (double)max_i64(0, min_i64(launcher->rank, LATEST)), 1, text);
-    int status = start_library(deadline_seconds, argc, argv, launcher, world);
+    int status = start_library(asked, deadline_seconds, argc, argv, launcher, world);
     guard_stop(&guard);
     return status;
 }
 
-static void mpi_library(char *text, size_t bytes) {
+static void mpi_library(const struct comm *comm, char *text, size_t bytes) {
+    (void)comm;
     char whole[MPI_MAX_LIBRARY_VERSION_STRING] = "";
     int length = 0;
     MPI_Get_library_version(whole, &length);

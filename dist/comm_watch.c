@@ -238,7 +238,7 @@ static void check_waits(struct watch *watch) {
     struct watch_message ping = {.kind = WATCH_PING, .rank = watch->rank};
     for (struct watch_wait *wait = watch->waits; wait; wait = wait->next) {
         double since = wait->idle_root < 0 ? wait->since : wait->heard;
-        if (watch->now - since > watch->deadline) {
+        if (watch->now - since > watch->deadline + wait->extra) {
             raise_alarm(watch);
         } else if (wait->idle_root >= 0 && watch->now - wait->pinged >= watch->deadline / 4) {
             wait->pinged = watch->now;

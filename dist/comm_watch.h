@@ -15,7 +15,7 @@
 
 #include "kernels/base.h"
 
-enum { WATCH_HOST_BYTES = 64, WATCH_WHAT_BYTES = 48, WATCH_COMM_BYTES = 16 };
+enum { WATCH_HOST_BYTES = 64, WATCH_WHAT_BYTES = 96, WATCH_COMM_BYTES = 16 };
 
 enum watch_kind { WATCH_PING, WATCH_PONG, WATCH_STATE };
 
@@ -55,6 +55,7 @@ void watch_close(struct watch *watch);
 struct watch_wait {
     const char *what, *comm;
     int idle_root; /* rank that must be alive in an idle wait; -1: the deadline holds */
+    double extra;  /* seconds that it may last beyond the deadline: a library that starts takes its time */
     double since, heard, pinged;
     struct watch_wait *next, **link;
 };

@@ -11,6 +11,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <strings.h>
 #include <unistd.h>
 
 void place_cores(int n_cores, int n, int r, int *begin, int *end) {
@@ -21,9 +22,12 @@ void place_cores(int n_cores, int n, int r, int *begin, int *end) {
 
 /* ---- the machine ---------------------------------------------------------------------------------------------------------- */
 
-static int machine_open(const char *synthetic, hwloc_topology_t *out) {
+/* `devices`: with GPUs and what they hang on, which takes longer to find. */
+static int machine_open(const char *synthetic, bool devices, hwloc_topology_t *out) {
     if (hwloc_topology_init(out) != 0)
         FAIL(STATUS_FAILED, "hwloc: cannot make a topology");
+    if (devices)
+        hwloc_topology_set_io_types_filter(*out, HWLOC_TYPE_FILTER_KEEP_IMPORTANT);
     if ((!synthetic || hwloc_topology_set_synthetic(*out, synthetic) == 0) && hwloc_topology_load(*out) == 0)
         return STATUS_OK;
     hwloc_topology_destroy(*out);
@@ -81,7 +85,7 @@ static void describe(hwloc_topology_t machine, hwloc_const_bitmap_t set, struct 
 
 int place_plan(const char *synthetic, const char *mask, int n, int r, struct place *out) {
     hwloc_topology_t machine;
-    TRY(machine_open(synthetic, &machine));
+    TRY(machine_open(synthetic, false, &machine));
     hwloc_bitmap_t set = hwloc_bitmap_dup(hwloc_topology_get_allowed_cpuset(machine)), share = hwloc_bitmap_alloc();
     int status = STATUS_OK;
     *out = (struct place){.local_rank = r, .local_size = n};
@@ -177,7 +181,7 @@ int place_bind(struct comm *world, struct place *out) {
     if (status == STATUS_OK)
         status = base_alloc(&members, (size_t)comm_size(world), sizeof *members);
     if (status == STATUS_OK)
-        status = machine_open(NULL, &machine);
+        status = machine_open(NULL, false, &machine);
     /* All ranks go on together or none does: the rest is collective. */
     TRY_GOTO(comm_agree(world, "placement", status));
     TRY_GOTO(place_on(machine, world, members, mask, share, out));
@@ -190,12 +194,127 @@ fail:
     return status;
 }
 
+/* ---- GPUs --------------------------------------------------------------------------------------------------------------------- */
+
+static bool is_taken(const struct place_gpus *ranks, int n, const int *chosen, const char *pci) {
+    for (int r = 0; r < n; r++)
+        if (chosen[r] >= 0 && strcasecmp(ranks[r].pci[chosen[r]], pci) == 0)
+            return true;
+    return false;
+}
+
+/* The first free GPU of rank r, near ones only or any; -1: none. */
+static int find_free(const struct place_gpus *ranks, int n, const int *chosen, int r, bool near) {
+    for (int i = 0; i < ranks[r].n; i++)
+        if ((!near || ranks[r].near[i]) && !is_taken(ranks, n, chosen, ranks[r].pci[i]))
+            return i;
+    return -1;
+}
+
+/* GPUs that the ranks see together. */
+static int count_gpus(const struct place_gpus *ranks, int n) {
+    int count = 0;
+    for (int r = 0; r < n; r++)
+        for (int i = 0; i < ranks[r].n; i++) {
+            bool seen = false;
+            for (int q = 0; q <= r && !seen; q++)
+                for (int k = 0; k < (q < r ? ranks[q].n : i) && !seen; k++)
+                    seen = strcasecmp(ranks[q].pci[k], ranks[r].pci[i]) == 0;
+            count += !seen;
+        }
+    return count;
+}
+
+static int fail_shared(const struct place_gpus *ranks, int r, int q) {
+    FAIL(STATUS_USAGE, "host %s: ranks %d and %d would share GPU %s, the only one that each of them sees; show each rank one of its own",
+         ranks[r].host, ranks[q].rank, ranks[r].rank, ranks[r].pci[0]);
+}
+
+/* Those without a choice come first, then in rank order whoever has a free GPU near its cores, then the rest. */
+int place_match_gpus(const struct place_gpus *ranks, int n, int *chosen) {
+    int n_gpus = count_gpus(ranks, n);
+    if (n_gpus < n)
+        FAIL(STATUS_USAGE, "host %s: %d rank%s but %d GPU%s; start one rank a GPU", ranks[0].host, n, n == 1 ? "" : "s", n_gpus,
+             n_gpus == 1 ? "" : "s");
+    for (int r = 0; r < n; r++)
+        chosen[r] = ranks[r].n == 1 ? 0 : -1;
+    for (int r = 0; r < n; r++)
+        for (int q = 0; q < r; q++)
+            if (chosen[q] == 0 && chosen[r] == 0 && strcasecmp(ranks[q].pci[0], ranks[r].pci[0]) == 0)
+                return fail_shared(ranks, r, q);
+    for (int near = 1; near >= 0; near--)
+        for (int r = 0; r < n; r++)
+            if (chosen[r] < 0)
+                chosen[r] = find_free(ranks, n, chosen, r, near);
+    for (int r = 0; r < n; r++)
+        if (chosen[r] < 0)
+            FAIL(STATUS_USAGE, "host %s: no GPU is left for rank %d: it sees %d, all taken by other ranks; show each rank one of its own",
+                 ranks[r].host, ranks[r].rank, ranks[r].n);
+    return STATUS_OK;
+}
+
+/* Virtual machines often hide where a GPU hangs: then none is near, or all are. */
+static void find_near(hwloc_topology_t machine, hwloc_bitmap_t cores, struct place_gpus *mine) {
+    if (hwloc_get_cpubind(machine, cores, HWLOC_CPUBIND_PROCESS) != 0)
+        return;
+    for (int i = 0; i < mine->n; i++) {
+        hwloc_obj_t gpu = hwloc_get_pcidev_by_busidstring(machine, mine->pci[i]);
+        hwloc_obj_t at = gpu ? hwloc_get_non_io_ancestor_obj(machine, gpu) : NULL;
+        mine->near[i] = at && hwloc_bitmap_intersects(at->cpuset, cores);
+    }
+}
+
+/* Without a topology no GPU is near, and the order decides. */
+static int describe_gpus(int n, const char (*pci)[16], struct place_gpus *mine) {
+    hwloc_topology_t machine;
+    if (n > PLACE_MAX_GPUS)
+        FAIL(STATUS_USAGE, "host %s: %d GPUs; at most %d are expected", mine->host, n, PLACE_MAX_GPUS);
+    mine->n = n;
+    for (int i = 0; i < n; i++)
+        snprintf(mine->pci[i], sizeof mine->pci[i], "%s", pci[i]);
+    if (n < 2)
+        return STATUS_OK;
+    TRY(machine_open(NULL, true, &machine));
+    hwloc_bitmap_t cores = hwloc_bitmap_alloc();
+    if (cores)
+        find_near(machine, cores, mine);
+    hwloc_bitmap_free(cores);
+    hwloc_topology_destroy(machine);
+    return STATUS_OK;
+}
+
+int place_choose_device(struct comm *world, const struct place *place, int n, const char (*pci)[16], int *device) {
+    int size = comm_size(world), n_here = 0, self = 0, status, *chosen = NULL;
+    struct place_gpus *all = NULL, mine = {.rank = comm_rank(world)};
+    *device = 0;
+    memcpy(mine.host, place->host, sizeof mine.host);
+    status = describe_gpus(n, pci, &mine);
+    if (status == STATUS_OK)
+        status = base_alloc(&all, (size_t)size, sizeof *all);
+    if (status == STATUS_OK)
+        status = base_alloc(&chosen, (size_t)size, sizeof *chosen);
+    TRY_GOTO(comm_agree(world, "choosing GPUs", status));
+    TRY_GOTO(comm_gather_host(world, "choosing GPUs", &mine, all, sizeof mine));
+    for (int r = 0; r < size; r++) {
+        if (strcmp(all[r].host, mine.host) != 0)
+            continue;
+        self = r == mine.rank ? n_here : self;
+        all[n_here++] = all[r];
+    }
+    TRY_GOTO(comm_agree(world, "choosing GPUs", place_match_gpus(all, n_here, chosen)));
+    *device = chosen[self];
+fail:
+    free(all);
+    free(chosen);
+    return status;
+}
+
 /* ---- the table --------------------------------------------------------------------------------------------------------------- */
 
 struct row {
     struct place place;
     int dp, tp, cp;
-    char device[64];
+    char device[PLACE_DEVICE_BYTES];
 };
 
 static int print_rows(const struct row *rows, int n, char **text) {

@@ -1,7 +1,7 @@
 /* Every operation of a communicator on 1 to 6 ranks, against values that each rank computes alone: equal to them means equal on
  * all ranks, bit for bit. The whole list runs again with messages cut into tiny chunks and with serialized library calls. */
 #include "dist/comm_impl.h"
-#include "test.h"
+#include "combine.h"
 
 #include <pthread.h>
 
@@ -61,24 +61,6 @@ static void fill_value(char *at, enum comm_dtype dtype, int rank, int64_t i) {
     } else {
         memcpy(at, &h, 8);
     }
-}
-
-#define COMBINE(TYPE, SUM)                                                                   \
-    do {                                                                                     \
-        TYPE a, b, c;                                                                        \
-        memcpy(&a, sum, sizeof a);                                                           \
-        memcpy(&b, value, sizeof b);                                                         \
-        c = op == COMM_SUM ? (SUM) : op == COMM_MAX ? (a > b ? a : b) : (a < b ? a : b);     \
-        memcpy(sum, &c, sizeof c);                                                           \
-    } while (0)
-
-static void combine_value(char *sum, const char *value, enum comm_dtype dtype, enum comm_op op) {
-    if (dtype == COMM_FLOAT)
-        COMBINE(float, a + b);
-    else if (dtype == COMM_INT32)
-        COMBINE(int32_t, (int32_t)((uint32_t)a + (uint32_t)b));
-    else
-        COMBINE(uint64_t, a + b);
 }
 
 static void check_reduce(const struct setup *s, enum comm_dtype dtype, enum comm_op op, int64_t count, bool in_place) {
@@ -370,8 +352,9 @@ static void run_all(struct setup *s) {
 int main(int argc, char **argv) {
     struct setup s = {.large = true};
     struct backend_options options = {.n_threads = 1};
-    REQUIRE(comm_start("auto", 60, &argc, &argv, &s.comm));
+    REQUIRE(comm_start("nccl", 60, &argc, &argv, &s.comm)); /* as "auto" is, until it meets a device that is no GPU */
     REQUIRE(backend_open("cpu", &options, &s.backend));
+    CHECK_FAILS(comm_use_device(&s.comm, s.backend), STATUS_USAGE, "comm = nccl moves memory of GPUs only, and device = cpu has none");
     REQUIRE(stream_open(s.backend, &s.stream));
     CHECK(strcmp(comm_kind(s.comm), comm_size(s.comm) == 1 ? "self" : "mpi") == 0, "%s", comm_kind(s.comm));
     run_all(&s);

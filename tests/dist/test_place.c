@@ -1,5 +1,5 @@
 /* Placement without ranks: the arithmetic exhaustively, shares on machines made up in hwloc's words, the decision whether
- * a launcher has bound the ranks, and memory limits in made-up control groups. */
+ * a launcher has bound the ranks, who takes which GPU, and memory limits in made-up control groups. */
 #include "dist/place_impl.h"
 #include "test.h"
 
@@ -84,6 +84,54 @@ static void test_bound(void) {
     CHECK(!place_is_bound(tiny, 2));
 }
 
+/* ---- GPUs ---------------------------------------------------------------------------------------------------------------------- */
+
+/* `sees`: letters of the GPUs that each rank sees, in its order, capital where one is near; `takes`: what each rank gets, or `words`. */
+static void check_match(const char *const *sees, const char *takes, const char *words) {
+    enum { MOST = 8 };
+    struct place_gpus ranks[MOST] = {0};
+    int n = 0, chosen[MOST];
+    for (; sees[n]; n++) {
+        ranks[n].rank = 10 + n;
+        snprintf(ranks[n].host, sizeof ranks[n].host, "node7");
+        for (const char *at = sees[n]; *at; at++) {
+            int letter = *at & 31, i = ranks[n].n++;
+            ranks[n].near[i] = *at < 'a';
+            /* one id, written in both ways */
+            snprintf(ranks[n].pci[i], sizeof ranks[n].pci[i], n % 2 ? "0000:%02x:00.0" : "0000:%02X:00.0", 0xa0 + letter);
+        }
+    }
+    if (words) {
+        CHECK_FAILS(place_match_gpus(ranks, n, chosen), STATUS_USAGE, words);
+        return;
+    }
+    REQUIRE(place_match_gpus(ranks, n, chosen));
+    for (int r = 0; r < n; r++) {
+        char got = chosen[r] >= 0 && chosen[r] < ranks[r].n ? (char)((sees[r][chosen[r]] & 31) + 'a' - 1) : '-';
+        CHECK(got == takes[r], "rank %d of %d sees %s and takes %c, not %c", r, n, sees[r], got, takes[r]);
+    }
+}
+
+static void test_gpus(void) {
+    check_match((const char *const[]){"a", NULL}, "a", NULL);
+    check_match((const char *const[]){"abcd", NULL}, "a", NULL);
+    check_match((const char *const[]){"abCd", NULL}, "c", NULL);
+    check_match((const char *const[]){"abcd", "abcd", "abcd", NULL}, "abc", NULL);           /* nothing is known: in order */
+    check_match((const char *const[]){"ABCD", "ABCD", "ABCD", "ABCD", NULL}, "abcd", NULL);
+    check_match((const char *const[]){"abCD", "abCD", "ABcd", "ABcd", NULL}, "cdab", NULL);  /* two sockets */
+    check_match((const char *const[]){"Abcd", "Abcd", "abcd", NULL}, "abc", NULL);           /* both want the first */
+    check_match((const char *const[]){"ab", "Ab", NULL}, "ba", NULL);                        /* a near one is kept for its rank */
+    check_match((const char *const[]){"a", "b", "c", NULL}, "abc", NULL);                    /* one made visible to each */
+    check_match((const char *const[]){"ABC", "a", "ABC", NULL}, "bac", NULL);                /* who has no choice comes first */
+    check_match((const char *const[]){"ba", "ab", NULL}, "ba", NULL);                        /* an order of its own on each rank */
+    check_match((const char *const[]){"", NULL}, NULL, "host node7: 1 rank but 0 GPUs; start one rank a GPU");
+    check_match((const char *const[]){"ab", "ab", "ab", "ab", NULL}, NULL, "host node7: 4 ranks but 2 GPUs; start one rank a GPU");
+    check_match((const char *const[]){"a", "a", NULL}, NULL, "host node7: 2 ranks but 1 GPU; start one rank a GPU");
+    check_match((const char *const[]){"abc", "a", "a", NULL}, NULL, "host node7: ranks 11 and 12 would share GPU 0000:A1:00.0");
+    check_match((const char *const[]){"abc", "", "abc", NULL}, NULL, "host node7: no GPU is left for rank 11: it sees 0");
+    check_match((const char *const[]){"Abc", "ab", "ab", NULL}, NULL, "host node7: no GPU is left for rank 12: it sees 2");
+}
+
 /* ---- control groups ------------------------------------------------------------------------------------------------------------ */
 
 static char root[64];
@@ -132,6 +180,7 @@ int main(void) {
     test_cores();
     test_machines();
     test_bound();
+    test_gpus();
     test_memory();
     return test_report();
 }

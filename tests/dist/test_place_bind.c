@@ -1,8 +1,31 @@
-/* Binding on this machine: ranks of a host get cores of their own as long as there are enough, and the table tells all of them. */
+/* Binding on this machine: ranks of a host get cores of their own as long as there are enough, and GPUs of their own or none, and the
+ * table tells all of them. */
 #include "dist/place.h"
 #include "test.h"
 
 #include <sched.h>
+
+/* GPUs that no machine has, so nothing is near. */
+static void test_devices(struct comm *world, const struct place *place) {
+    enum { MOST = 16 };
+    int size = comm_size(world), rank = comm_rank(world), device = -1, all[MOST];
+    char pci[MOST][16], words[96];
+    for (int i = 0; i < MOST; i++)
+        snprintf(pci[i], sizeof pci[i], "00f0:%02x:00.0", i);
+    const char(*ids)[16] = (const char(*)[16])pci;
+    for (int n = size; n <= size + 1; n++) {
+        REQUIRE(place_choose_device(world, place, n, ids, &device));
+        REQUIRE(comm_gather_host(world, "devices", &device, all, sizeof device));
+        for (int r = 0; r < size; r++)
+            CHECK(all[r] == r, "rank %d of %d takes GPU %d of %d", r, size, all[r], n);
+    }
+    REQUIRE(place_choose_device(world, place, 1, ids + rank, &device)); /* one made visible to each */
+    CHECK(device == 0, "rank %d takes GPU %d of 1", rank, device);
+    snprintf(words, sizeof words, "%d rank%s but %d GPU%s; start one rank a GPU", size, size == 1 ? "" : "s", size - 1,
+             size == 2 ? "" : "s");
+    CHECK_FAILS(place_choose_device(world, place, size - 1, ids, &device), STATUS_USAGE, words);
+    REQUIRE(comm_barrier(world, "after a refusal"));
+}
 
 int main(int argc, char **argv) {
     struct comm *world;
@@ -26,6 +49,7 @@ int main(int argc, char **argv) {
         CPU_AND(&common, &sets[r], &after);
         CHECK(CPU_COUNT(&common) == (r == rank ? CPU_COUNT(&after) : 0), "ranks %d and %d share cores", r, rank);
     }
+    test_devices(world, &place);
     REQUIRE(place_table(world, &place, 0, 0, rank, "cpu", &table));
     CHECK((table != NULL) == (rank == 0));
     if (table) {

@@ -2,16 +2,9 @@
  * message that names the right rank, operation and step, and with no process left. Jobs that only look stuck must go on.
  * The program plays both parts: without arguments it is the test, with them one rank of a job. */
 #include "dist/comm_impl.h"
-#include "test.h"
+#include "job.h"
 
-#include <errno.h>
-#include <fcntl.h>
-#include <poll.h>
-#include <signal.h>
-#include <sys/wait.h>
-#include <unistd.h>
-
-enum { RANKS = 3, OUTPUT_BYTES = 65536 };
+enum { RANKS = 3 };
 static const double DEADLINE = 2;
 
 /* ---- one rank ------------------------------------------------------------------------------------------------------------ */
@@ -92,118 +85,6 @@ static int run_rank(int argc, char **argv) {
 
 /* ---- the job as seen from outside -------------------------------------------------------------------------------------------- */
 
-struct job {
-    int code; /* exit code; -1: by a signal or not in time */
-    double seconds;
-    char output[OUTPUT_BYTES];
-    int n_pids, pids[RANKS];
-};
-
-static void find_pids(struct job *job) {
-    job->n_pids = 0;
-    for (const char *at = job->output; (at = strstr(at, "[pid ")) && strchr(at, ']') && job->n_pids < RANKS; at++)
-        job->pids[job->n_pids++] = atoi(at + 5);
-}
-
-static void signal_ranks(const struct job *job, int number) {
-    for (int i = 0; i < job->n_pids; i++)
-        kill(job->pids[i], number);
-}
-
-/* Reads until the end of the output; stops and continues all ranks meanwhile if `suspend`. */
-static void read_output(struct job *job, int fd, double limit, bool suspend) {
-    double begin = base_seconds();
-    size_t n = 0;
-    for (int phase = 0;;) {
-        struct pollfd wait = {.fd = fd, .events = POLLIN};
-        double now = base_seconds() - begin;
-        if (now > limit || n + 1 >= OUTPUT_BYTES)
-            return;
-        if (poll(&wait, 1, 50) > 0) {
-            ssize_t got = read(fd, job->output + n, OUTPUT_BYTES - 1 - n);
-            if (got <= 0)
-                return;
-            n += (size_t)got;
-            find_pids(job);
-        }
-        if (suspend && phase == 0 && job->n_pids == RANKS && now > 1.5) {
-            signal_ranks(job, SIGSTOP);
-            phase = 1;
-        } else if (phase == 1 && now > 1.5 + 2 * DEADLINE) {
-            signal_ranks(job, SIGCONT);
-            phase = 2;
-        }
-    }
-}
-
-static void run_job(struct job *job, char *const *command, double limit, bool suspend) {
-    int ends[2], status = 0;
-    memset(job, 0, sizeof *job);
-    job->code = -1;
-    double begin = base_seconds();
-    CHECK(pipe(ends) == 0);
-    pid_t child = fork();
-    if (child == 0) {
-        dup2(ends[1], 1);
-        dup2(ends[1], 2);
-        close(ends[0]);
-        close(ends[1]);
-        execvp(command[0], command);
-        _exit(127);
-    }
-    close(ends[1]);
-    read_output(job, ends[0], limit, suspend);
-    close(ends[0]);
-    for (; waitpid(child, &status, WNOHANG) == 0; usleep(10000))
-        if (base_seconds() - begin > limit) {
-            kill(child, SIGKILL);
-            signal_ranks(job, SIGKILL);
-        }
-    job->seconds = base_seconds() - begin;
-    if (WIFEXITED(status))
-        job->code = WEXITSTATUS(status);
-}
-
-static void check_gone(const struct job *job) {
-    CHECK(job->n_pids == RANKS, "%d ranks told their pid", job->n_pids);
-    for (int i = 0; i < job->n_pids; i++) {
-        bool gone = false;
-        for (int k = 0; k < 100 && !(gone = kill(job->pids[i], 0) < 0 && errno == ESRCH); k++)
-            usleep(20000);
-        CHECK(gone, "process %d is still there", job->pids[i]);
-    }
-    signal_ranks(job, SIGKILL);
-}
-
-static int count(const char *text, const char *words) {
-    int n = 0;
-    for (; (text = strstr(text, words)); text += strlen(words))
-        n++;
-    return n;
-}
-
-static void run_ranks(struct job *job, char *self, const char *mode, const char *chosen) {
-    char launch[] = KVLINC_TESTS "/../launch/mpirun.sh", np[] = "-np", n[] = "3", a[16], b[16];
-    snprintf(a, sizeof a, "%s", mode);
-    snprintf(b, sizeof b, "%s", chosen);
-    char *command[] = {launch, np, n, self, a, b, NULL};
-    run_job(job, command, 60, strcmp(mode, "suspend") == 0);
-    check_gone(job);
-}
-
-/* `words` up to NULL must all stand in the output; a report must be there once. */
-static void check_ends(char *self, const char *mode, const char *chosen, double limit, const char *const *words) {
-    struct job *job = malloc(sizeof *job);
-    run_ranks(job, self, mode, chosen);
-    CHECK(job->code > 0, "%s %s: exit code %d", mode, chosen, job->code);
-    CHECK(job->seconds < limit, "%s %s: %.1f s", mode, chosen, job->seconds);
-    for (; *words; words++)
-        CHECK(strstr(job->output, *words), "%s %s: no '%s' in: %s", mode, chosen, *words, job->output);
-    int reports = count(job->output, "no progress for");
-    CHECK(reports == (strcmp(mode, "kill") != 0), "%s %s: %d reports: %s", mode, chosen, reports, job->output);
-    free(job);
-}
-
 static void test_stopped(char *self) {
     char silent[2][32];
     static const char *const waiting[] = {"ranks 1, 2 wait in 'layer sum' (world) at step 7",
@@ -213,34 +94,34 @@ static void test_stopped(char *self) {
         char chosen[2] = {(char)('0' + r), '\0'};
         snprintf(silent[0], sizeof silent[0], "; rank %d (", r);
         const char *words[] = {silent[0], "does not answer", waiting[r], "pid", NULL};
-        check_ends(self, "stop", chosen, 15, words);
+        job_check_ends(RANKS, self, "stop", chosen, 15, words);
     }
     snprintf(silent[0], sizeof silent[0], "; rank 0 (");
     snprintf(silent[1], sizeof silent[1], "; rank 2 (");
     const char *words[] = {silent[0], silent[1], "does not answer", "; rank 1 waits in 'layer sum' (world) at step 7", NULL};
-    check_ends(self, "stop", "02", 15, words);
+    job_check_ends(RANKS, self, "stop", "02", 15, words);
 }
 
 static void test_others(char *self) {
     const char *idle[] = {"; rank 1 (", "does not answer", "ranks 0, 2 wait in 'next plan' (world) at step 7", NULL};
-    check_ends(self, "idle-stop", "1", 15, idle);
+    job_check_ends(RANKS, self, "idle-stop", "1", 15, idle);
     const char *computing[] = {"; rank 1 (", "is still computing at step 7", "ranks 0, 2 wait in 'layer sum'", NULL};
-    check_ends(self, "compute", "1", 15, computing);
+    job_check_ends(RANKS, self, "compute", "1", 15, computing);
     const char *deadlock[] = {"ranks 0, 1 wait in 'layer sum' (world) at step 7", "; rank 2 waits in 'other barrier'", NULL};
-    check_ends(self, "deadlock", "2", 15, deadlock);
+    job_check_ends(RANKS, self, "deadlock", "2", 15, deadlock);
     const char *nothing[] = {NULL};
-    check_ends(self, "kill", "0", 10, nothing);
-    check_ends(self, "kill", "2", 10, nothing);
+    job_check_ends(RANKS, self, "kill", "0", 10, nothing);
+    job_check_ends(RANKS, self, "kill", "2", 10, nothing);
 }
 
 static void test_goes_on(char *self) {
     struct job *job = malloc(sizeof *job);
-    run_ranks(job, self, "idle", "1");
+    job_run_ranks(job, RANKS, 0, self, "idle", "1");
     CHECK(job->code == 0, "idle: exit code %d: %s", job->code, job->output);
-    run_ranks(job, self, "suspend", "");
+    job_run_ranks(job, RANKS, 2 * DEADLINE, self, "suspend", "");
     CHECK(job->code == 0, "suspended and continued: exit code %d: %s", job->code, job->output);
     CHECK(job->seconds > 9, "it was not suspended: %.1f s", job->seconds);
-    run_ranks(job, self, "abort", "1");
+    job_run_ranks(job, RANKS, 0, self, "abort", "1");
     CHECK(job->code == 3, "abort: exit code %d: %s", job->code, job->output);
     CHECK(job->seconds < 10, "abort: %.1f s", job->seconds);
     free(job);
@@ -272,7 +153,7 @@ static void test_singletons(char *self) {
         command[n] = self;
         command[n + 1] = mode;
         command[n + 2] = none;
-        run_job(job, command, 20, false);
+        job_run(job, 0, 0, command, 20);
         CHECK(job->code == rows[i].code, "row %zu: exit code %d: %s", i, job->code, job->output);
         CHECK(strstr(job->output, rows[i].words), "row %zu: %s", i, job->output);
     }
@@ -283,9 +164,7 @@ int main(int argc, char **argv) {
     if (argc > 1)
         return run_rank(argc, argv);
     char self[4096];
-    ssize_t n = readlink("/proc/self/exe", self, sizeof self - 1);
-    CHECK(n > 0);
-    self[n > 0 ? n : 0] = '\0';
+    job_find_self(self, sizeof self);
     test_stopped(self);
     test_others(self);
     test_goes_on(self);

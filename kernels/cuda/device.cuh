@@ -1,0 +1,48 @@
+/* What every .cu file begins with: the check after a launch, loads and roundings by window type, warp reductions. */
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+#include <math.h>
+
+#include "kernels/cuda/cuda.h"
+
+enum { WARP = 32 };
+
+/* After <<<>>>: a wrong grid, too much shared memory or an earlier failure of the device. */
+#define CHECK_LAUNCH(what)                                                                                              \
+    do {                                                                                                                \
+        cudaError_t launch_error_ = cudaGetLastError();                                                                 \
+        if (launch_error_ != cudaSuccess)                                                                               \
+            FAIL(STATUS_FAILED, "CUDA: %s: %s", (what), cudaGetErrorString(launch_error_));                             \
+    } while (0)
+
+static inline cudaStream_t cuda_stream_of(const struct cuda_launch *launch) { return (cudaStream_t)launch->stream; }
+
+/* *live, but never more than the buffer has. */
+__device__ static inline int64_t device_live_rows(int64_t n_rows, const int32_t *live) {
+    return live && *live < n_rows ? *live : n_rows;
+}
+
+__device__ static inline float device_widen(__half x) { return __half2float(x); }
+__device__ static inline float device_widen(__nv_bfloat16 x) { return __bfloat162float(x); }
+__device__ static inline float device_widen(float x) { return x; }
+
+/* Round to nearest even; values beyond the range become infinities, as dtype_narrow. */
+template <typename T> __device__ static inline T device_narrow(float x);
+template <> __device__ inline __half device_narrow<__half>(float x) { return __float2half_rn(x); }
+template <> __device__ inline __nv_bfloat16 device_narrow<__nv_bfloat16>(float x) { return __float2bfloat16_rn(x); }
+template <> __device__ inline float device_narrow<float>(float x) { return x; }
+
+__device__ static inline float warp_sum(float x) {
+    for (int offset = WARP / 2; offset > 0; offset /= 2)
+        x += __shfl_xor_sync(0xffffffffu, x, offset);
+    return x;
+}
+
+__device__ static inline float warp_max(float x) {
+    for (int offset = WARP / 2; offset > 0; offset /= 2)
+        x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, offset));
+    return x;
+}
