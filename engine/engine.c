@@ -14,7 +14,7 @@ const struct grid *engine_grid(const struct engine *e) { return &e->worker.rank.
 int64_t engine_context(const struct engine *e) { return e->context; }
 int engine_max_batch(const struct engine *e) { return e->max_batch; }
 const char *engine_cache_name(const struct engine *e) { return e->spec.name; }
-const char *engine_device(const struct engine *e) { return backend_name(e->worker.rank.backend); }
+const char *engine_device(const struct engine *e) { return e->device; }
 const char *engine_merge_name(const struct engine *e) { return e->merge; }
 const char *engine_settings(const struct engine *e) { return e->settings; }
 void engine_memory(const struct engine *e, struct engine_memory *out) { *out = e->memory; }

@@ -21,6 +21,7 @@ enum engine_prefill { ENGINE_PREFILL_EXACT, ENGINE_PREFILL_CACHED };
 struct engine_options {
     const char *model;
     const char *device;      /* "auto", "cpu", "cuda"; "cpu-async" for tests */
+    const char *comm;        /* what comm_start was asked for: "auto" takes GPUs only if it may use NCCL */
     int dp, tp, cp;
     const char *merge;       /* "auto", "allreduce", "fused", "gather" */
     const char *cache;       /* preset */
@@ -53,7 +54,7 @@ const struct grid *engine_grid(const struct engine *engine);
 int64_t engine_context(const struct engine *engine);   /* most tokens of a sequence */
 int engine_max_batch(const struct engine *engine);
 const char *engine_cache_name(const struct engine *engine); /* what runs: "kvlinc without adapters runs as hadv" names hadv */
-const char *engine_device(const struct engine *engine);     /* what "auto" became */
+const char *engine_device(const struct engine *engine);     /* of this rank, in words: "cpu", "cuda 1: NVIDIA H100 80GB HBM3, 0000:1b:00.0" */
 const char *engine_merge_name(const struct engine *engine);
 /* One line of text that names every setting that changes results (model fingerprint, cache, bits, window, sink, calibration, weights):
  * equal for runs whose results may be mixed in one file. */

@@ -24,6 +24,7 @@ struct engine {
     struct cache_spec spec;
     struct worker worker;
     char merge[16];
+    char device[PLACE_DEVICE_BYTES]; /* what runs, in words */
     char *settings;
     int64_t context;
     int max_batch;

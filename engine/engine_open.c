@@ -15,6 +15,8 @@ enum {
 
 /* Of a node's memory, this share is planned for; the rest is the system's, the page cache of the model file and libraries'. */
 static const double MEMORY_SHARE = 0.85;
+/* Of what is free on a GPU once weights and workspace are there; graphs, and what NCCL and the driver take later, need the rest. */
+static const double DEVICE_SHARE = 0.92;
 
 /* ---- files and settings -------------------------------------------------------------------------------------------- */
 
@@ -57,25 +59,104 @@ static int make_layout(struct engine *e, enum merge_kind *merge) {
     return STATUS_OK;
 }
 
+/* ---- device -------------------------------------------------------------------------------------------------------- */
+
+static bool is(const char *option, const char *word) { return option && strcmp(option, word) == 0; }
+static bool is_auto(const char *option) { return !option || is(option, "auto"); }
+
+/* What only the CPU has: "" when `device` can do all that is asked. */
+static const char *cpu_only(const struct engine *e) {
+    if (e->spec.window_type == DTYPE_F32)
+        return "cache f32";
+    return e->options.profile ? "keeping the time of each kind of work" : "";
+}
+
+/* Collective. What "auto" is: GPUs where every rank has one of its own and nothing else was asked for. */
+static int choose_auto(struct engine *e, const char **device) {
+    const char *why = cpu_only(e);
+    int64_t least[2] = {backend_n_devices("cuda"), 0};
+    *device = "cpu";
+    least[1] = least[0] >= e->place.local_size; /* or one each, made visible by the launcher */
+    least[1] |= least[0] == 1;
+    TRY(comm_reduce_host(e->world, "choosing the device", least, 2, COMM_MIN));
+    if (least[0] == 0 && !is(e->options.comm, "nccl"))
+        return STATUS_OK;
+    if (is(e->options.comm, "mpi") && comm_size(e->world) > 1)
+        why = "comm mpi";
+    else if (!least[1])
+        why = "fewer GPUs than ranks";
+    if (!*why)
+        *device = "cuda";
+    else if (comm_rank(e->world) == 0)
+        log_info("device auto: the CPU, though there are GPUs here: %s", why);
+    return STATUS_OK;
+}
+
+/* Collective: each rank of a host gets a GPU of its own. */
+static int choose_gpu(struct engine *e, int *device) {
+    enum { MOST = 64 };
+    char pci[MOST][16];
+    int status = STATUS_OK, n = (int)min_i64(MOST, backend_n_devices("cuda"));
+    for (int i = 0; i < n && status == STATUS_OK; i++) {
+        struct backend_device found;
+        status = backend_find_device("cuda", i, &found);
+        memcpy(pci[i], found.pci, sizeof pci[i]);
+    }
+    if (status == STATUS_OK && n == 0) /* its own words: no driver, or no CUDA in this build */
+        status = backend_open("cuda", &(struct backend_options){0}, &e->worker.rank.backend);
+    TRY(comm_agree(e->world, "finding GPUs", status));
+    return place_choose_device(e->world, &e->place, n, (const char(*)[16])pci, device);
+}
+
+static int check_device(const struct engine *e, const char *device) {
+    const char *missing = is(device, "cuda") ? cpu_only(e) : "";
+    if (*missing)
+        FAIL(STATUS_USAGE, "device cuda: %s is for the CPU only", missing);
+    return STATUS_OK;
+}
+
+static void describe_device(struct engine *e, const char *device, int index) {
+    struct backend_device found;
+    if (is(device, "cuda") && backend_find_device(device, index, &found) == STATUS_OK)
+        snprintf(e->device, sizeof e->device, "cuda %d: %s, %s", index, found.name, found.pci);
+    else
+        snprintf(e->device, sizeof e->device, "%s", device);
+}
+
+/* Collective. */
 static int open_backend(struct engine *e) {
     const char *device = e->options.device;
     struct rank *r = &e->worker.rank;
     struct backend_options options = {.n_threads = e->options.threads > 0 ? e->options.threads : e->place.n_cores,
                                       .seed = e->options.test_seed + (uint64_t)comm_rank(e->world),
                                       .profile = e->options.profile};
-    TRY(backend_open(!device || strcmp(device, "auto") == 0 ? "cpu" : device, &options, &r->backend));
-    TRY(stream_open(r->backend, &r->stream));
-    return stream_open(r->backend, &r->side);
+    if (is_auto(device))
+        TRY(choose_auto(e, &device));
+    TRY(comm_agree(e->world, "choosing the device", check_device(e, device)));
+    if (is(device, "cuda"))
+        TRY(choose_gpu(e, &options.device));
+    int status = backend_open(device, &options, &r->backend);
+    if (status == STATUS_OK)
+        status = stream_open(r->backend, &r->stream);
+    if (status == STATUS_OK)
+        status = stream_open(r->backend, &r->side);
+    TRY(comm_agree(e->world, "opening the device", status));
+    describe_device(e, device, options.device);
+    return comm_watch_device(e->world, r->backend);
 }
 
-/* Collective. */
+/* Collective. The communicators whose collectives run in streams, on the device. */
 static int split_ranks(struct engine *e) {
     struct rank *r = &e->worker.rank;
     const struct grid *g = &r->grid;
     TRY(comm_split(e->world, g->dp_rank, grid_replica_rank(g), "replica", &r->replica));
     TRY(comm_split(e->world, g->dp_rank * g->cp + g->cp_rank, g->tp_rank, "tp", &r->tp));
     TRY(comm_split(e->world, g->dp_rank * g->tp + g->tp_rank, g->cp_rank, "cp", &r->cp));
-    return comm_split(e->world, g->dp_rank * g->tp + g->tp_rank, g->cp_rank, "cp weights", &r->gather);
+    TRY(comm_split(e->world, g->dp_rank * g->tp + g->tp_rank, g->cp_rank, "cp weights", &r->gather));
+    struct comm **all[] = {&r->replica, &r->tp, &r->cp, &r->gather};
+    for (size_t i = 0; i < sizeof all / sizeof *all; i++)
+        TRY(comm_use_device(all[i], r->backend));
+    return STATUS_OK;
 }
 
 /* ---- memory -------------------------------------------------------------------------------------------------------- */
@@ -98,6 +179,9 @@ static int64_t backend_total(const struct backend *b) {
 static int64_t cache_room(const struct engine *e) {
     if (e->options.cache_memory > 0)
         return e->options.cache_memory;
+    int64_t free_bytes = backend_free_bytes(e->worker.rank.backend);
+    if (free_bytes >= 0)
+        return (int64_t)(DEVICE_SHARE * (double)free_bytes);
     return (int64_t)(MEMORY_SHARE * (double)e->place.memory_bytes) - backend_total(e->worker.rank.backend);
 }
 
@@ -266,7 +350,7 @@ static int open_stages(struct engine *e) {
     if (status == STATUS_OK)
         status = choose_sizes(e);
     TRY(comm_agree(e->world, "reading the model", status));
-    TRY(comm_agree(e->world, "opening the device", open_backend(e)));
+    TRY(open_backend(e));
     TRY(split_ranks(e));
     TRY(comm_agree(e->world, "loading weights",
                    weights_load(e->file, &e->spec, &r->grid, r->o_whole, e->options.weights, r->backend, r->stream, &r->weights)));

@@ -68,6 +68,8 @@ void forward_deinit(struct forward *f) {
             comm_release(f->rank->replica, b, shared[i]);
     for (int i = 0; i < FORWARD_BUCKETS; i++)
         graph_close(f->body[i]);
+    for (size_t i = 0; i < sizeof f->step / sizeof(struct graph *); i++)
+        graph_close((&f->step[0][0][0])[i]);
     for (size_t i = 0; i < sizeof f->head / sizeof(struct graph *); i++)
         graph_close((&f->head[0][0][0][0])[i]);
     *f = (struct forward){0};
@@ -167,18 +169,6 @@ int forward_begin(struct forward *f, const struct step_input *input, int n) {
     return embed(f, n);
 }
 
-int forward_body(struct forward *f, const struct step_plan *plan, const struct step_input *input) {
-    struct graph **graph = &f->body[bucket_index(plan->rows_bucket)];
-    TRY(upload(f, input));
-    if (!*graph) {
-        TRY(backend_record_begin(f->rank->backend));
-        int status = launch_body(f, plan->rows_bucket);
-        TRY(backend_record_end(f->rank->backend, graph));
-        TRY(status);
-    }
-    return graph_replay(*graph);
-}
-
 /* ---- head ---------------------------------------------------------------------------------------------------------- */
 
 /* The first three rounds search for top-k, the last three for top-p; the last one applies min-p too. */
@@ -230,18 +220,47 @@ static int launch_head(struct forward *f, int n, int n_sample, enum plan_filters
                                                                   .results = f->results});
 }
 
-int forward_head(struct forward *f, const struct step_plan *plan, const struct step_input *input, bool with_upload) {
-    if (plan->logits_bucket == 0)
-        return STATUS_OK;
-    struct graph **graph =
-        &f->head[bucket_index(plan->logits_bucket)][bucket_index(plan->sample_bucket)][plan->filters][plan->top];
-    if (with_upload)
-        TRY(upload(f, input));
+/* ---- recordings ---------------------------------------------------------------------------------------------------- */
+
+/* Rows through all layers if there is a body, then logits and samples if there is a head. */
+struct part {
+    bool body, head;
+};
+
+static int launch_part(struct forward *f, const struct step_plan *plan, struct part part) {
+    if (part.body)
+        TRY(launch_body(f, plan->rows_bucket));
+    return part.head ? launch_head(f, plan->logits_bucket, plan->sample_bucket, plan->filters, plan->top) : STATUS_OK;
+}
+
+static int replay(struct forward *f, struct graph **graph, const struct step_plan *plan, struct part part) {
     if (!*graph) {
         TRY(backend_record_begin(f->rank->backend));
-        int status = launch_head(f, plan->logits_bucket, plan->sample_bucket, plan->filters, plan->top);
-        TRY(backend_record_end(f->rank->backend, graph));
+        int status = launch_part(f, plan, part);
+        int ended = backend_record_end(f->rank->backend, graph);
         TRY(status);
+        TRY(ended);
     }
     return graph_replay(*graph);
+}
+
+static int replay_head(struct forward *f, const struct step_plan *plan) {
+    struct graph **graph =
+        &f->head[bucket_index(plan->logits_bucket)][bucket_index(plan->sample_bucket)][plan->filters][plan->top];
+    return plan->logits_bucket ? replay(f, graph, plan, (struct part){.head = true}) : STATUS_OK;
+}
+
+int forward_step(struct forward *f, const struct step_plan *plan, const struct step_input *input) {
+    int rows = plan->rows_bucket;
+    TRY(upload(f, input));
+    if (rows == plan->logits_bucket && rows == plan->sample_bucket)
+        return replay(f, &f->step[bucket_index(rows)][plan->filters][plan->top], plan, (struct part){true, true});
+    TRY(replay(f, &f->body[bucket_index(rows)], plan, (struct part){.body = true}));
+    return replay_head(f, plan);
+}
+
+int forward_head(struct forward *f, const struct step_plan *plan, const struct step_input *input) {
+    if (plan->logits_bucket)
+        TRY(upload(f, input));
+    return replay_head(f, plan);
 }

@@ -1,8 +1,9 @@
 /* The decode path: rows of any sequences through all layers and out as tokens. Prompts go this way too under cached prefill, and short
  * ones always. Dense layers are sliced over all ranks of the replica; every rank holds every row's residual stream.
  *
- * All buffers are allocated here once. The work of a step is recorded the first time a bucket is met and replayed from then on:
- * `body` by rows, `head` by logits rows and what sampling needs. */
+ * All buffers are allocated here once. The work of a step is recorded the first time a bucket is met and replayed from then on: a step in
+ * which every row is sampled (decoding) is one recording, others are two, `body` by rows and `head` by logits rows and what sampling
+ * needs. */
 #pragma once
 
 #include "engine/rank.h"
@@ -22,6 +23,7 @@ struct forward {
     uint64_t *bins;
     struct sample_record *records; /* [replica ranks][rows] */
     struct sample_result *results;
+    struct graph *step[FORWARD_BUCKETS][PLAN_N_FILTERS][2]; /* rows, filters, top */
     struct graph *body[FORWARD_BUCKETS];
     struct graph *head[FORWARD_BUCKETS][FORWARD_BUCKETS][PLAN_N_FILTERS][2]; /* logits, samples, filters, top */
 };
@@ -29,12 +31,13 @@ struct forward {
 int forward_init(struct forward *forward, struct rank *rank, int max_rows, int max_sample);
 void forward_deinit(struct forward *forward);
 
-/* Uploads `input` (MEMORY_HOST, left alone until the stream has passed) and runs the step's rows through all layers. Collective. */
-int forward_body(struct forward *forward, const struct step_plan *plan, const struct step_input *input);
+/* Uploads `input` (MEMORY_HOST, left alone until the stream has passed), runs the step's rows through all layers, and what
+ * forward_head does. Collective. */
+int forward_step(struct forward *forward, const struct step_plan *plan, const struct step_input *input);
 
-/* Logits, samples and log-probabilities of plan->input.logit from the residual rows in forward->x; `input` as in forward_body, which
- * uploads it unless `upload`. Results are in forward->results. Collective. */
-int forward_head(struct forward *forward, const struct step_plan *plan, const struct step_input *input, bool upload);
+/* Uploads `input`; logits, samples and log-probabilities of plan->input.logit from the residual rows in forward->x. Results are in
+ * forward->results. Collective. */
+int forward_head(struct forward *forward, const struct step_plan *plan, const struct step_input *input);
 
 /* The same body piece by piece, launched and not recorded: the step's input and embeddings into forward->x, then one layer after the other,
  * between which a caller may put other rows into forward->x. n_rows: as rows_bucket. Collective. */

@@ -82,11 +82,10 @@ static int run(struct worker *w, const struct step_plan *plan, int *flight) {
     *input = plan->input;
     TRY(take_pages(w, plan, input));
     if (plan->kind == PLAN_STEP) {
-        TRY(forward_body(&w->forward, plan, input));
-        TRY(forward_head(&w->forward, plan, input, false));
+        TRY(forward_step(&w->forward, plan, input));
     } else {
         TRY(prefill_rows(&w->prefill, plan->first, input->n_rows, w->forward.x));
-        TRY(forward_head(&w->forward, plan, input, true));
+        TRY(forward_head(&w->forward, plan, input));
     }
     if (input->n_logits)
         TRY(stream_copy_out(w->rank.stream, w->results[turn], w->forward.results, (size_t)input->n_logits * sizeof *w->results[turn]));

@@ -145,7 +145,7 @@ static int run_on_ranks(const struct command *command, struct options *options, 
         status = base_fail(STATUS_USAGE, __FILE__, __LINE__, "option --model is needed");
     snprintf(found, sizeof found, "%s", base_error());
     base_clear_error();
-    int started = comm_start(parsed ? options->comm : "auto", parsed ? options->deadline : 60, argc, argv, &run.world);
+    int started = comm_start(parsed ? options->engine.comm : "auto", parsed ? options->deadline : 60, argc, argv, &run.world);
     if (started < 0)
         return fail_start(environment, started);
     run.root = comm_rank(run.world) == 0;
@@ -183,7 +183,7 @@ int main(int argc, char **argv) {
     const char *name = argc > 1 ? argv[1] : "";
     if (strcmp(name, "--version") == 0 || strcmp(name, "--help") == 0 || strcmp(name, "-h") == 0) {
         if (speaks && strcmp(name, "--version") == 0)
-            printf("kvlinc " KVLINC_VERSION "\nBLAS kernels: %s\n", blas_core());
+            printf("kvlinc " KVLINC_VERSION "\nBLAS kernels: %s\ndevices: cpu%s\n", blas_core(), backend_has("cuda") ? " cuda" : "");
         else if (speaks)
             print_commands(stdout);
         return 0;

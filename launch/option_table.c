@@ -19,9 +19,9 @@ const struct option option_table[] = {
      .help = "read options from this file, one name = value a line; the command line wins", .commands = LAYOUT},
 
     {"device", OPTION_CHOICE, FIELD(engine.device), "auto cpu cuda cpu-async", .initial = "auto",
-     .help = "where to compute; cpu-async is for tests", .commands = RANKS},
-    {"comm", OPTION_CHOICE, FIELD(comm), "auto mpi nccl self", .initial = "auto",
-     .help = "how ranks talk; auto is MPI under a launcher, else self (one rank)", .commands = RANKS},
+     .help = "where to compute; auto takes GPUs where each rank has one; cpu-async is for tests", .commands = RANKS},
+    {"comm", OPTION_CHOICE, FIELD(engine.comm), "auto mpi nccl self", .initial = "auto",
+     .help = "how ranks talk; auto is MPI under a launcher, with NCCL between GPUs, else self (one rank)", .commands = RANKS},
     {"dp", OPTION_INT, FIELD(engine.dp), "N", .least = 1, .most = MAX_AXIS, .standard = "1",
      .help = "replicas that take different requests", .commands = LAYOUT},
     {"tp", OPTION_INT, FIELD(engine.tp), "N", .least = 1, .most = MAX_AXIS, .standard = "1",

@@ -19,7 +19,6 @@ enum { OPTIONS_MAX_STOP = 16, OPTIONS_MAX_TABLE = 80 };
 /* Fields beyond engine_options, as the user gave them. `given` tells a value from a default where that matters. */
 struct options {
     struct engine_options engine;
-    const char *comm;
     double deadline;
     const char *config;
     bool help, verbose, quiet, json;

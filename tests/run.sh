@@ -35,7 +35,7 @@ none=()
 [ $# -eq 0 ] || none=(--no-tests=error)
 run build "all tests" "${none[@]}"
 if [ -z "${KVLINC_SKIP_SANITIZERS:-}" ]; then
-    launch/build.sh build-asan -DSANITIZE=address,undefined
+    launch/build.sh build-asan -DSANITIZE=address,undefined -DWITH_CUDA=OFF # the CPU code is the same
     run build-asan "sanitizers, one process" --label-regex unit
     export ASAN_OPTIONS=detect_leaks=0 # MPI libraries keep memory until the process ends
     run build-asan "sanitizers, ranks" --label-regex ranks --exclude-regex cpu-async

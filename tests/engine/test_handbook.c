@@ -5,6 +5,7 @@
  * agree is the mean loss over 16 bit, the price of the cache, up to a share of it or to its own scatter; and single tokens may not
  * differ by much more than such flips explain. */
 #include "launch/environment.h"
+#include "device.h"
 #include "logprob_check.h"
 
 /* Golden losses are given in thousandths. */
@@ -106,8 +107,8 @@ static void judge(const struct method *m, const struct window *windows) {
         judge_loss(m, "all windows", loss, golden, price, sqrt(variance));
 }
 
-static void check_method(struct comm *world, const struct place *place, const char *path, const json_t *root, const struct method *m) {
-    struct engine_options options = {.model = path, .device = "cpu", .merge = "auto", .cache = m->cache, .k_bits = m->k_bits,
+static void check_method(struct comm *world, const struct place *place, const char *device, const char *path, const json_t *root, const struct method *m) {
+    struct engine_options options = {.model = path, .device = device, .merge = "auto", .cache = m->cache, .k_bits = m->k_bits,
                                      .v_bits = m->v_bits, .window = -1, .sink = m->sink, .correction = "off", .weights = "f32",
                                      .context = WINDOW_TOKENS, .max_batch = N_WINDOWS};
     const json_t *nll = json_object_get(root, "nll");
@@ -133,7 +134,8 @@ static void check_method(struct comm *world, const struct place *place, const ch
     engine_close(engine);
 }
 
-int main(int argc, char **argv) {
+int main(int argc, char **argv) { /* DEVICE */
+    const char *device = argc > 1 ? argv[1] : "cpu";
     const char *path = getenv("KVLINC_TEST_MODEL");
     struct comm *world;
     struct place place;
@@ -141,10 +143,11 @@ int main(int argc, char **argv) {
         return TEST_SKIP;
     environment_prepare(argv);
     REQUIRE(comm_start("self", 60, &argc, &argv, &world));
+    device_require(world, device);
     REQUIRE(place_bind(world, &place));
     json_t *root = logprob_load(TEST_FILE("golden/handbook.json"));
     for (size_t i = 0; i < sizeof methods / sizeof *methods; i++)
-        check_method(world, &place, path, root, &methods[i]);
+        check_method(world, &place, device, path, root, &methods[i]);
     json_decref(root);
     comm_finish(world);
     return test_report();

@@ -1,6 +1,7 @@
 /* The real model against transformers (golden/logprobs.py): log-probabilities of prompts of 1 to 4000 tokens and greedy continuations,
  * in float32 with both ways of prefill, then with 16-bit weights and cache. One rank. */
 #include "launch/environment.h"
+#include "device.h"
 #include "logprob_check.h"
 
 /* Some ten times (float32) what was measured; a near-tie is a margin that two logits with the largest allowed error can close. */
@@ -14,15 +15,17 @@ enum {
     MIDDLE = 700,   /* of the 16-bit run */
 };
 
-static struct engine *open_engine(struct comm *world, const struct place *place, const char *path, const char *weights, const char *cache) {
-    struct engine_options options = {.model = path, .device = "cpu", .merge = "auto", .cache = cache, .weights = weights, .window = -1,
+static struct engine *open_engine(struct comm *world, const struct place *place, const char *device, const char *path, const char *weights,
+                                  const char *cache) {
+    struct engine_options options = {.model = path, .device = device, .merge = "auto", .cache = cache, .weights = weights, .window = -1,
                                      .sink = -1, .context = CONTEXT, .max_batch = BATCH};
     struct engine *engine;
     REQUIRE(engine_open(world, &options, place, &engine));
     return engine;
 }
 
-int main(int argc, char **argv) {
+int main(int argc, char **argv) { /* DEVICE */
+    const char *device = argc > 1 ? argv[1] : "cpu";
     const char *path = getenv("KVLINC_TEST_MODEL");
     struct comm *world;
     struct place place;
@@ -30,17 +33,22 @@ int main(int argc, char **argv) {
         return TEST_SKIP;
     environment_prepare(argv);
     REQUIRE(comm_start("self", 60, &argc, &argv, &world));
+    device_require(world, device);
     REQUIRE(place_bind(world, &place));
     json_t *root = logprob_load(TEST_FILE("golden/logprobs.json"));
     struct logprob_golden golden = logprob_golden_read(root, json_object_get(root, "prompts"));
 
-    struct engine *engine = open_engine(world, &place, path, "f32", "f32");
-    logprob_check(engine, "f32", &golden, 1, CONTEXT, ENGINE_PREFILL_EXACT, &exact);
-    logprob_check(engine, "f32", &golden, 1, LONG, ENGINE_PREFILL_CACHED, &exact);
-    engine_close(engine);
-
-    engine = open_engine(world, &place, path, "auto", "fp16");
-    logprob_check(engine, "16 bit", &golden, 1, MIDDLE, ENGINE_PREFILL_EXACT, &half);
+    struct engine *engine;
+    if (!device_is_gpu(device)) { /* float caches are the CPU's */
+        engine = open_engine(world, &place, device, path, "f32", "f32");
+        logprob_check(engine, "f32", &golden, 1, CONTEXT, ENGINE_PREFILL_EXACT, &exact);
+        logprob_check(engine, "f32", &golden, 1, LONG, ENGINE_PREFILL_CACHED, &exact);
+        engine_close(engine);
+    }
+    engine = open_engine(world, &place, device, path, "auto", "fp16");
+    logprob_check(engine, "16 bit", &golden, 1, device_is_gpu(device) ? CONTEXT : MIDDLE, ENGINE_PREFILL_EXACT, &half);
+    if (device_is_gpu(device))
+        logprob_check(engine, "16 bit", &golden, 1, CONTEXT, ENGINE_PREFILL_CACHED, &half);
     engine_close(engine);
 
     logprob_golden_free(&golden);

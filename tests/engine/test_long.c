@@ -3,10 +3,13 @@
  * more than 2^31 bytes and the sequence has the last one. Only what is touched takes memory: the rest is never written. */
 #include "dist/merge.h"
 #include "engine/cache.h"
-#include "test.h"
+#include "device.h"
 
 enum { D = 64, N_HEADS = 2, TOKENS = 1 << 20, N_SEQS = 40000, SEQ = N_SEQS - 1, N_PAGES = 560000, OFFSET = 1 };
 static const double tolerance = 1e-6; /* values lie in [-1, 1): float sums of 2^20 positive weights, added in steps, keep that */
+/* A GPU rounds each weight to 11 bits: four deviations of a sum of them, 4 2^-11 sqrt(mean p^2) / (mean p 2^10); scores of deviation 1.7 make
+ * the quotient of the means e^1.5. */
+static const double tolerance_gpu = 1e-5;
 
 struct rig {
     struct backend *backend;
@@ -20,12 +23,13 @@ struct rig {
     float queries[N_HEADS * D];
 };
 
-static void rig_open(struct rig *r, struct comm *comm) {
+static void rig_open(struct rig *r, const char *device, struct comm *comm) {
     struct cache_spec spec = {.name = "kivi", .window_type = DTYPE_F16, .window = KV_BLOCK, .n_layers = 1, .layer = {{2, 2, false, false}}};
     struct cache_shape shape = {.n_kv_heads = 1, .head_dim = D, .n_heads = N_HEADS, .cp_rank = comm_rank(comm), .cp_size = comm_size(comm),
                                 .max_seqs = N_SEQS, .context = TOKENS, .n_pages = N_PAGES};
-    *r = (struct rig){.comm = comm, .offset = OFFSET % comm_size(comm)};
-    REQUIRE(backend_open("cpu", &(struct backend_options){.n_threads = 1}, &r->backend));
+    *r = (struct rig){.offset = OFFSET % comm_size(comm)};
+    device_open(device, comm_rank(comm), 0, &r->backend);
+    r->comm = device_comm(comm, r->backend);
     REQUIRE(stream_open(r->backend, &r->stream));
     REQUIRE(cache_init(&r->cache, r->backend, &spec, &shape, NULL));
     CHECK(r->cache.bytes.pages > (int64_t)1 << 31, "%lld bytes of pages", (long long)r->cache.bytes.pages);
@@ -124,7 +128,7 @@ static void fill(struct rig *r, struct sums *sums) {
     }
 }
 
-static void check_kind(struct rig *r, enum merge_kind kind, const double *expected) {
+static void check_kind(struct rig *r, enum merge_kind kind, const double *expected, double allowed) {
     struct merge m;
     struct cache *c = &r->cache;
     float *device, out[N_HEADS * D];
@@ -142,21 +146,23 @@ static void check_kind(struct rig *r, enum merge_kind kind, const double *expect
     REQUIRE(stream_sync(r->stream));
     for (int i = 0; i < N_HEADS * D; i++)
         worst = fmax(worst, fabs((double)out[i] - expected[i]));
-    CHECK(worst <= tolerance, "%s: off by %g", merge_name(kind), worst);
+    CHECK(worst <= allowed, "%s: off by %g", merge_name(kind), worst);
     if (comm_rank(r->comm) == 0)
         printf("%d ranks, %s: off by %.2g at most\n", comm_size(r->comm), merge_name(kind), worst);
     comm_release(r->comm, r->backend, device);
     merge_deinit(&m);
 }
 
-int main(int argc, char **argv) {
+int main(int argc, char **argv) { /* DEVICE */
     struct comm *world;
     static struct rig r;
+    const char *device = argc > 1 ? argv[1] : "cpu";
     REQUIRE(comm_start("auto", 60, &argc, &argv, &world));
+    device_require(world, device);
     int n = comm_size(world);
     struct sums own[N_HEADS], *all = calloc((size_t)n, sizeof own);
     double expected[N_HEADS * D];
-    rig_open(&r, world);
+    rig_open(&r, device, world);
     for (int h = 0; h < N_HEADS; h++)
         own[h] = (struct sums){.m = -INFINITY};
     fill(&r, own);
@@ -180,8 +186,9 @@ int main(int argc, char **argv) {
     REQUIRE(stream_copy_in(r.stream, r.step, &r.host, sizeof r.host));
     REQUIRE(stream_sync(r.stream));
     for (int kind = MERGE_ALLREDUCE; kind <= MERGE_GATHER; kind++)
-        check_kind(&r, (enum merge_kind)kind, expected);
+        check_kind(&r, (enum merge_kind)kind, expected, device_is_gpu(device) ? tolerance_gpu : tolerance);
     cache_deinit(&r.cache);
+    comm_free(r.comm);
     stream_close(r.stream);
     backend_close(r.backend);
     free(all);

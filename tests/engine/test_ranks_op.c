@@ -9,10 +9,10 @@
  * squares), and its weight e^(s-m) by that share. A sum of weights times values moves by the root of squares of its terms' errors, which is
  * ds V neff with V the largest value and neff = sqrt(sum p^2)/sum p, and by the chain of its own additions. Numerator and denominator are
  * such sums, hence the factor 2. With a correction, the error of phi and that of the max move it against the softmax sums, which is
- * at most their share of |num/den|, |C_n/C_d|. Between layouts the scores are the same bits: only the sums differ. */
+ * at most their share of |num/den|, |C_n/C_d|. A GPU rounds each weight to 11 bits before it multiplies V. Between layouts the scores are the same bits: only the sums differ. */
 #include "engine/cache.h"
 #include "dist/merge.h"
-#include "test.h"
+#include "device.h"
 
 enum { N_KV_HEADS = 2, GROUP = 2, N_HEADS = N_KV_HEADS * GROUP, LONG_RUN = 40, MAX_TOKENS = 1200, MAX_BLOCKS = 10, MAX_D = 128, N_PADDING = 3 };
 static const double U = 5.9604644775390625e-8, SAFE = 4;
@@ -180,10 +180,11 @@ static void poison(struct rig *r, void *device, size_t bytes) {
     free(nan);
 }
 
-static void rig_open(struct rig *r, const char *device, struct comm *comm, const struct inputs *in, int offset) {
+static void rig_open(struct rig *r, const char *device, struct comm *world, struct comm *comm, const struct inputs *in, int offset) {
     const struct config *c = in->config;
-    *r = (struct rig){.comm = comm};
-    REQUIRE(backend_open(device, &(struct backend_options){.n_threads = 1, .seed = 5}, &r->backend));
+    *r = (struct rig){0};
+    device_open(device, comm_rank(world), 5, &r->backend);
+    r->comm = device_comm(comm, r->backend);
     REQUIRE(stream_open(r->backend, &r->stream));
     r->spec = (struct cache_spec){.name = c->name, .window_type = c->window, .window = c->window_blocks * KV_BLOCK, .sink = c->sink,
                                   .n_layers = 1, .layer = {{c->k_bits, c->v_bits, false, c->features > 0}}};
@@ -227,6 +228,7 @@ static void rig_close(struct rig *r) {
     REQUIRE(stream_sync(r->stream));
     comm_release(r->comm, r->backend, r->out);
     cache_deinit(&r->cache);
+    comm_free(r->comm);
     stream_close(r->stream);
     backend_close(r->backend);
 }
@@ -340,6 +342,7 @@ struct reference {
     float *kq, *vq;                           /* of one slot and head: [blocks][KV_BLOCK][d] */
     double *s, *p;                            /* [features][d], [features] */
     double phi_error;                         /* relative, of the features of the flushed keys */
+    double weight_error;                      /* relative, of a softmax weight before it meets V: a GPU rounds it to 11 bits */
 };
 
 static void unpack_slot(struct rig *one, const struct inputs *in, int slot, int head, struct reference *ref) {
@@ -477,11 +480,12 @@ static void attend_double(const struct inputs *in, int row, int head, int64_t n_
         ref->out[item * d + i] = (sums.num[i] + c_n[i]) / (sums.den + c_d);
         size = fmax(size, fmax(fabs(sums.num[i] / sums.den), c_d > 0 ? fabs(c_n[i] / c_d) : 0));
     }
+    double rounding = SAFE * ref->weight_error * sums.v_max * sqrt(sums.squares) / sums.den;
     size += sums.v_max * sqrt(sums.squares) / sums.den;
     int depth = KV_BLOCK + position / KV_BLOCK + 64 + c->features;
     double adding = 2 * SAFE * U * (sqrt(depth) + 4), scores = 2 * SAFE * U * sqrt(d) * sums.score_size;
     ref->layout_bound[item] = adding * size;
-    ref->exact_bound[item] = (adding + scores + phi_error) * size;
+    ref->exact_bound[item] = (adding + scores + phi_error) * size + rounding;
 }
 
 /* Rank r works out the slots r, r + size, ...; then all have all. Collective. */
@@ -599,7 +603,8 @@ static void check_wrong_merges(struct rig *r, const struct inputs *in, const str
             continue; /* one split adds it once */
         merge_wrong(c, all, n, each_split, out);
         long beyond = count_beyond(in, out, ref->out, NULL, ref->exact_bound, 1, &worst);
-        CHECK(beyond > (long)LONG_RUN * N_HEADS * c->d / 2, "%s: the wrong merge %d is seen in %ld values only", c->name, each_split, beyond);
+        /* wider bounds hide some of it on a GPU */
+        CHECK(beyond > (long)LONG_RUN * N_HEADS * c->d / (ref->weight_error > 0 ? 4 : 2), "%s: the wrong merge %d is seen in %ld values only", c->name, each_split, beyond);
     }
     backend_free(r->backend, device);
     free(host);
@@ -638,13 +643,13 @@ static void check_off(struct rig *r, const struct config *c, float *out, float *
 static void run_config(const char *device, struct comm *world, struct comm *alone, const struct config *c, int offset, float *kept) {
     struct inputs in;
     struct rig cut, one;
-    struct reference ref = {0};
+    struct reference ref = {.weight_error = device_is_gpu(device) ? 1.0 / 2048 : 0};
     size_t bytes = (size_t)N_ROWS * N_HEADS * (size_t)c->d * sizeof(float);
     float *expected = malloc(bytes), *out = malloc(bytes);
     double exact = 0, layout = 0, shifted = 0;
     inputs_make(&in, c);
-    rig_open(&one, device, alone, &in, 0);
-    rig_open(&cut, device, world, &in, offset);
+    rig_open(&one, device, world, alone, &in, 0);
+    rig_open(&cut, device, world, world, &in, offset);
     rig_fill(&one, &in);
     rig_fill(&cut, &in);
     reference_make(&ref, &one, &in, world);
@@ -684,9 +689,11 @@ int main(int argc, char **argv) { /* DEVICE */
     const char *device = argc > 1 ? argv[1] : "cpu";
     float *kept = malloc(N_ROWS * N_HEADS * MAX_D * sizeof *kept);
     REQUIRE(comm_start("auto", 60, &argc, &argv, &world));
+    device_require(world, device);
     REQUIRE(comm_split(world, comm_rank(world), 0, "alone", &alone));
     for (int i = 0; i < N_CONFIGS; i++)
-        run_config(device, world, alone, &configs[i], i % comm_size(world), kept);
+        if (!device_is_gpu(device) || configs[i].window != DTYPE_F32) /* float caches are the CPU's */
+            run_config(device, world, alone, &configs[i], i % comm_size(world), kept);
     for (int offset = 0; offset < comm_size(world); offset++) /* every first owner, with sink and correction */
         run_config(device, world, alone, &configs[6], offset, kept);
     free(kept);

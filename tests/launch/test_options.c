@@ -109,7 +109,7 @@ static void test_help(void) {
 static void test_defaults(void) {
     struct options o;
     REQUIRE(PARSE(OPTIONS_GENERATE, &o));
-    CHECK(strcmp(o.engine.device, "auto") == 0 && strcmp(o.comm, "auto") == 0 && strcmp(o.engine.merge, "auto") == 0);
+    CHECK(strcmp(o.engine.device, "auto") == 0 && strcmp(o.engine.comm, "auto") == 0 && strcmp(o.engine.merge, "auto") == 0);
     CHECK(strcmp(o.engine.cache, "kvlinc") == 0 && strcmp(o.engine.weights, "auto") == 0);
     CHECK(strcmp(o.engine.correction, "auto") == 0 && !o.engine.calibration && !o.prefill && !o.engine.k_bits);
     CHECK(o.engine.window == -1 && o.engine.sink == -1 && o.engine.context == 0 && o.engine.cache_memory == 0);
