@@ -171,6 +171,19 @@ int cache_take_page(struct cache *c, int seq, int64_t block, int32_t *page, int3
     return STATUS_OK;
 }
 
+int cache_take_prompt(struct cache *c, struct stream *stream, int seq, int64_t n_tokens, int32_t owner_offset, int32_t *table) {
+    int64_t n = 0, n_flush = n_tokens > 0 ? cache_n_flushed(&c->layout, n_tokens - 1) : 0;
+    for (int64_t block = 0; block < n_flush; block++) {
+        int32_t page = -1, local = -1;
+        if (!cache_owns(&c->layout, block, owner_offset))
+            continue;
+        TRY(cache_take_page(c, seq, block, &page, &local));
+        table[local] = page;
+        n++;
+    }
+    return stream_copy_in(stream, c->page_table + seq * c->table_stride, table, (size_t)n * sizeof *table);
+}
+
 void cache_release(struct cache *c, int seq) {
     while (c->slot_n_pages[seq] > 0)
         c->free_pages[c->n_free++] = c->slot_pages[seq * c->table_stride + --c->slot_n_pages[seq]];

@@ -62,6 +62,9 @@ void cache_deinit(struct cache *cache);
 /* This rank's page for block `block` of slot `seq`, and its local index. Errors: STATUS_FAILED when the pool is empty or the block is not
  * the slot's next one here: the scheduler's accounts were wrong. */
 int cache_take_page(struct cache *cache, int seq, int64_t block, int32_t *page, int32_t *local);
+/* This rank's pages for all blocks that are flushed when a sequence of n tokens has been stored, and in stream order the slot's row of the
+ * page table. `table`: MEMORY_HOST, room for all of them, untouched until the stream has run. */
+int cache_take_prompt(struct cache *cache, struct stream *stream, int seq, int64_t n_tokens, int32_t owner_offset, int32_t *table);
 /* Gives back all pages of a slot. */
 void cache_release(struct cache *cache, int seq);
 /* Zeroes S and P of a slot, in stream order. */

@@ -34,6 +34,12 @@ int64_t engine_sequence_bytes(const struct engine *e, int64_t n_tokens) {
     return slots / e->max_batch + blocks * page;
 }
 
+int engine_fits(const struct engine *e, int64_t n_tokens) {
+    const struct rank *r = &e->worker.rank;
+    int64_t each = cache_pages_for(&e->spec, r->grid.cp, n_tokens); /* of the rank that has most */
+    return each ? (int)min_i64(e->max_batch, r->cache.shape.n_pages / each) : e->max_batch;
+}
+
 void engine_read_bytes(const struct engine *e, int64_t n_tokens, int64_t *weights, int64_t *cache) {
     const struct rank *r = &e->worker.rank;
     const struct engine_memory *m = &e->memory;
@@ -109,6 +115,8 @@ static int check_request(const struct engine *e, const struct engine_request *r)
     for (int i = 0; i < r->n_prompt; i++)
         if (r->prompt[i] < 0 || r->prompt[i] >= vocab)
             FAIL(STATUS_INPUT, "prompt token %d is %d, the model has ids 0 to %d", i, r->prompt[i], vocab - 1);
+    if (e->options.assume_prompts && r->prompt_logprobs >= 0)
+        FAIL(STATUS_INPUT, "a prompt that is taken as cached cannot be scored");
     if (!scheduler_could_hold(&e->scheduler, (int64_t)r->n_prompt + r->max_tokens))
         FAIL(STATUS_INPUT, "%d tokens do not fit into the cache", r->n_prompt + r->max_tokens);
     return check_sampling(e, r);

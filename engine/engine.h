@@ -35,6 +35,8 @@ struct engine_options {
     int max_batch;           /* 0: by memory */
     int threads;             /* of one rank; 0: the cores it is bound to */
     int prefill_gather;      /* tokens a rank from which exact prefill gathers weights instead of activations; 0: default */
+    bool random_weights;     /* measurements: `model` is a shape file (configs/models); weights and adapters are made up, there is no tokenizer */
+    bool assume_prompts;     /* measurements: all of a prompt but its last token counts as cached, in pages of random content */
     bool profile;            /* keep times by operation: engine_profile */
     uint64_t test_seed;      /* cpu-async's delays; offsets of owners when `test_offsets` */
     bool test_offsets;       /* tests: the first owner of each sequence also depends on test_seed */
@@ -47,6 +49,7 @@ void engine_close(struct engine *engine);
 
 const struct model_config *engine_model(const struct engine *engine);
 const char *engine_model_path(const struct engine *engine);
+/* NULL with random weights. */
 const struct tokenizer *engine_tokenizer(const struct engine *engine);
 /* NULL with the error recorded if the model has no chat template or one that we do not know (STATUS_INPUT). */
 const struct chat_template *engine_chat(const struct engine *engine);
@@ -73,6 +76,8 @@ struct engine_memory {
 void engine_memory(const struct engine *engine, struct engine_memory *out);
 /* Bytes that one sequence of n tokens takes in this cache, window, sink, states and tables included, over all ranks. */
 int64_t engine_sequence_bytes(const struct engine *engine, int64_t n_tokens);
+/* Sequences of n tokens that can decode at once: slots and pages. */
+int engine_fits(const struct engine *engine, int64_t n_tokens);
 /* Bytes that one decode step has to read, over all ranks: `weights` once for the step, `cache` for each sequence whose newest token is its
  * n-th. Of an embedding that is not the LM head too only a row is read. */
 void engine_read_bytes(const struct engine *engine, int64_t n_tokens, int64_t *weights, int64_t *cache);

@@ -4,6 +4,8 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "engine/cache_random.h"
+#include "engine/device.h"
 #include "engine/engine_impl.h"
 
 enum {
@@ -20,10 +22,18 @@ static const double DEVICE_SHARE = 0.92;
 
 /* ---- files and settings -------------------------------------------------------------------------------------------- */
 
+static int read_shape(struct engine *e) {
+    if (e->options.calibration)
+        FAIL(STATUS_USAGE, "calibration %s: with random weights the adapters are random too", e->options.calibration);
+    return model_file_open_shape(e->options.model, &e->file);
+}
+
 static int read_files(struct engine *e) {
     char hash[65];
     if (!e->options.model)
         FAIL(STATUS_USAGE, "no model: name one with --model");
+    if (e->options.random_weights)
+        return read_shape(e);
     TRY(model_file_open(e->options.model, &e->file));
     TRY(tokenizer_open(model_file_tokenizer(e->file), model_file_config(e->file)->vocab, &e->tokenizer));
     if (!e->options.calibration)
@@ -36,10 +46,10 @@ static int make_spec(struct engine *e) {
     const struct engine_options *o = &e->options;
     struct cache_request request = {.preset = o->cache, .k_bits = o->k_bits, .v_bits = o->v_bits, .correction = o->correction,
                                     .window = o->window, .sink = o->sink,
-                                    .has_adapters = e->calibration && calibration_has_adapters(e->calibration)};
+                                    .has_adapters = o->random_weights || (e->calibration && calibration_has_adapters(e->calibration))};
     TRY(cache_spec_make(&request, model_file_config(e->file)->n_layers, &e->spec));
     for (int i = 0; i < e->spec.n_layers; i++)
-        if (e->spec.layer[i].correction && !calibration_has_layer(e->calibration, i))
+        if (e->calibration && e->spec.layer[i].correction && !calibration_has_layer(e->calibration, i))
             e->spec.layer[i].correction = false;
     return STATUS_OK;
 }
@@ -61,9 +71,6 @@ static int make_layout(struct engine *e, enum merge_kind *merge) {
 
 /* ---- device -------------------------------------------------------------------------------------------------------- */
 
-static bool is(const char *option, const char *word) { return option && strcmp(option, word) == 0; }
-static bool is_auto(const char *option) { return !option || is(option, "auto"); }
-
 /* What only the CPU has: "" when `device` can do all that is asked. */
 static const char *cpu_only(const struct engine *e) {
     if (e->spec.window_type == DTYPE_F32)
@@ -71,78 +78,18 @@ static const char *cpu_only(const struct engine *e) {
     return e->options.profile ? "keeping the time of each kind of work" : "";
 }
 
-/* Collective. What "auto" is: GPUs where every rank has one of its own and nothing else was asked for. */
-static int choose_auto(struct engine *e, const char **device) {
-    const char *why = cpu_only(e);
-    int64_t least[2] = {backend_n_devices("cuda"), 0};
-    *device = "cpu";
-    least[1] = least[0] >= e->place.local_size; /* or one each, made visible by the launcher */
-    least[1] |= least[0] == 1;
-    TRY(comm_reduce_host(e->world, "choosing the device", least, 2, COMM_MIN));
-    if (least[0] == 0 && !is(e->options.comm, "nccl"))
-        return STATUS_OK;
-    if (is(e->options.comm, "mpi") && comm_size(e->world) > 1)
-        why = "comm mpi";
-    else if (!least[1])
-        why = "fewer GPUs than ranks";
-    if (!*why)
-        *device = "cuda";
-    else if (comm_rank(e->world) == 0)
-        log_info("device auto: the CPU, though there are GPUs here: %s", why);
-    return STATUS_OK;
-}
-
-/* Collective: each rank of a host gets a GPU of its own. */
-static int choose_gpu(struct engine *e, int *device) {
-    enum { MOST = 64 };
-    char pci[MOST][16];
-    int status = STATUS_OK, n = (int)min_i64(MOST, backend_n_devices("cuda"));
-    for (int i = 0; i < n && status == STATUS_OK; i++) {
-        struct backend_device found;
-        status = backend_find_device("cuda", i, &found);
-        memcpy(pci[i], found.pci, sizeof pci[i]);
-    }
-    if (status == STATUS_OK && n == 0) /* its own words: no driver, or no CUDA in this build */
-        status = backend_open("cuda", &(struct backend_options){0}, &e->worker.rank.backend);
-    TRY(comm_agree(e->world, "finding GPUs", status));
-    return place_choose_device(e->world, &e->place, n, (const char(*)[16])pci, device);
-}
-
-static int check_device(const struct engine *e, const char *device) {
-    const char *missing = is(device, "cuda") ? cpu_only(e) : "";
-    if (*missing)
-        FAIL(STATUS_USAGE, "device cuda: %s is for the CPU only", missing);
-    return STATUS_OK;
-}
-
-static void describe_device(struct engine *e, const char *device, int index) {
-    struct backend_device found;
-    if (is(device, "cuda") && backend_find_device(device, index, &found) == STATUS_OK)
-        snprintf(e->device, sizeof e->device, "cuda %d: %s, %s", index, found.name, found.pci);
-    else
-        snprintf(e->device, sizeof e->device, "%s", device);
-}
-
 /* Collective. */
 static int open_backend(struct engine *e) {
-    const char *device = e->options.device;
     struct rank *r = &e->worker.rank;
-    struct backend_options options = {.n_threads = e->options.threads > 0 ? e->options.threads : e->place.n_cores,
-                                      .seed = e->options.test_seed + (uint64_t)comm_rank(e->world),
-                                      .profile = e->options.profile};
-    if (is_auto(device))
-        TRY(choose_auto(e, &device));
-    TRY(comm_agree(e->world, "choosing the device", check_device(e, device)));
-    if (is(device, "cuda"))
-        TRY(choose_gpu(e, &options.device));
-    int status = backend_open(device, &options, &r->backend);
-    if (status == STATUS_OK)
-        status = stream_open(r->backend, &r->stream);
+    struct device_request request = {
+        .device = e->options.device, .comm = e->options.comm, .cpu_only = cpu_only(e),
+        .backend = {.n_threads = e->options.threads > 0 ? e->options.threads : e->place.n_cores,
+                    .seed = e->options.test_seed + (uint64_t)comm_rank(e->world), .profile = e->options.profile}};
+    TRY(device_open(e->world, &e->place, &request, &r->backend, e->device, sizeof e->device));
+    int status = stream_open(r->backend, &r->stream);
     if (status == STATUS_OK)
         status = stream_open(r->backend, &r->side);
-    TRY(comm_agree(e->world, "opening the device", status));
-    describe_device(e, device, options.device);
-    return comm_watch_device(e->world, r->backend);
+    return comm_agree(e->world, "opening the device", status);
 }
 
 /* Collective. The communicators whose collectives run in streams, on the device. */
@@ -161,13 +108,17 @@ static int split_ranks(struct engine *e) {
 
 /* ---- memory -------------------------------------------------------------------------------------------------------- */
 
+static int n_features(const struct engine *e) {
+    return e->options.random_weights ? CACHE_RANDOM_FEATURES : e->calibration ? calibration_features(e->calibration) : 0;
+}
+
 static struct cache_shape base_shape(const struct engine *e) {
     const struct rank *r = &e->worker.rank;
     const struct weights_slices *s = &r->weights.slices;
     return (struct cache_shape){.n_kv_heads = rank_n_kv_heads(r), .head_dim = r->config->head_dim, .n_heads = rank_n_heads(r),
                                 .cp_rank = r->grid.cp_rank, .cp_size = r->grid.cp, .max_seqs = e->max_batch, .context = e->context,
                                 .vocab_begin = s->vocab.begin, .vocab_count = range_size(s->vocab),
-                                .features = e->calibration ? calibration_features(e->calibration) : 0};
+                                .features = n_features(e)};
 }
 
 static int64_t backend_total(const struct backend *b) {
@@ -223,7 +174,7 @@ static int plan_pages(struct engine *e, int64_t *n_pages) {
 static int choose_sizes(struct engine *e) {
     const struct model_config *c = e->worker.rank.config;
     e->context = e->options.context ? e->options.context : c->context;
-    if (e->context > c->context)
+    if (e->context > c->context && !e->options.random_weights) /* made-up weights are as good at any length */
         FAIL(STATUS_USAGE, "context %lld: the model was made for at most %d tokens", (long long)e->context, c->context);
     if (e->context < 1)
         FAIL(STATUS_USAGE, "context %lld: must be at least 1", (long long)e->context);
@@ -239,8 +190,17 @@ static int alloc_worker(struct engine *e, enum merge_kind merge) {
     struct rank *r = &e->worker.rank;
     int max_rows = plan_bucket((int)max_i64(CHUNK_ROWS, e->max_batch));
     TRY(merge_init(&r->merge, merge, r->cp, r->backend, max_rows, rank_n_heads(r), r->config->head_dim));
-    int64_t max_exact = e->context > exact_from(e) ? e->context : 0;
+    int64_t max_exact = e->context > exact_from(e) && !e->options.assume_prompts ? e->context : 0;
+    e->worker.assumes = e->options.assume_prompts;
     return worker_init(&e->worker, e->context, e->max_batch, max_rows, max_exact, e->options.prefill_gather);
+}
+
+static int load_adapters(struct engine *e) {
+    struct rank *r = &e->worker.rank;
+    const struct weights_slices *s = &r->weights.slices;
+    if (e->options.random_weights)
+        return cache_random_adapters(&e->spec, s->kv_heads, r->config->head_dim, r->backend, r->stream, e->adapters);
+    return e->calibration ? calibration_load(e->calibration, s->heads, s->kv_heads, r->backend, r->stream, e->adapters) : STATUS_OK;
 }
 
 /* Collective: all ranks take the fewest pages and slots that any has room for. */
@@ -255,10 +215,12 @@ static int alloc_cache(struct engine *e) {
     struct cache_shape shape = base_shape(e);
     shape.n_pages = least[0];
     status = base_alloc(&e->adapters, (size_t)e->spec.n_layers, sizeof *e->adapters);
-    if (status == STATUS_OK && e->calibration)
-        status = calibration_load(e->calibration, r->weights.slices.heads, r->weights.slices.kv_heads, r->backend, r->stream, e->adapters);
+    if (status == STATUS_OK)
+        status = load_adapters(e);
     if (status == STATUS_OK)
         status = cache_init(&r->cache, r->backend, &e->spec, &shape, e->adapters);
+    if (status == STATUS_OK && e->options.assume_prompts)
+        status = cache_random_fill(&r->cache, r->stream);
     return comm_agree(e->world, "cache", status);
 }
 
@@ -302,7 +264,10 @@ static void put_layers(char *text, const struct cache_spec *spec, bool k) {
 static int make_settings(struct engine *e) {
     char fingerprint[65];
     char k[SETTINGS_BYTES] = "", v[SETTINGS_BYTES] = "";
-    TRY(model_file_fingerprint(e->file, fingerprint));
+    if (e->options.random_weights)
+        snprintf(fingerprint, sizeof fingerprint, "random");
+    else
+        TRY(model_file_fingerprint(e->file, fingerprint));
     TRY(base_alloc(&e->settings, 3 * SETTINGS_BYTES, 1));
     put_layers(k, &e->spec, true);
     put_layers(v, &e->spec, false);
@@ -334,7 +299,8 @@ static int init_scheduler(struct engine *e) {
     const struct rank *r = &e->worker.rank;
     struct scheduler_limits limits = {.max_seqs = e->max_batch, .chunk_rows = CHUNK_ROWS, .n_layers = e->spec.n_layers,
                                       .cp_size = r->grid.cp, .layout = r->cache.layout, .n_pages = r->cache.shape.n_pages,
-                                      .exact_from = exact_from(e), .random_offsets = e->options.test_offsets,
+                                      .exact_from = exact_from(e), .assume_prompts = e->options.assume_prompts,
+                                      .random_offsets = e->options.test_offsets,
                                       .seed = e->options.test_seed};
     return scheduler_init(&e->scheduler, &limits);
 }

@@ -25,5 +25,8 @@ int model_config_set_count(int64_t value, const char *field, int *out);
 int model_config_json_read(const char *text, size_t bytes, struct model_config *config);
 int model_config_json_add_generation(const char *text, size_t bytes, struct model_config *config);
 
+/* A shape file: `name = value` lines, see model_shape.c. Error texts are complete. */
+int model_config_shape_read(const char *path, struct model_config *config);
+
 /* GGUF metadata, with the vocabulary from the embedding's rows. */
 int model_config_gguf_read(const struct gguf *gguf, struct model_config *config);

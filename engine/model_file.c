@@ -228,18 +228,26 @@ static int open_parts(struct model_file *file) {
     struct stat info;
     if (stat(file->path, &info) != 0)
         FAIL(STATUS_INPUT, "%s: no such file or folder, expected a .gguf file or a Hugging Face folder", file->path);
+    if (ends_with(file->path, ".conf"))
+        FAIL(STATUS_INPUT, "%s: this is no model: a shape without weights is for kvlinc bench --random-weights; to fetch a model by name: "
+             "launch/model.sh", file->path);
     TRY(S_ISDIR(info.st_mode) ? model_folder_read(file) : model_gguf_read(file));
     TRY(bind_all(file));
     TRY(check_unused(file));
     return sort_names(file);
 }
 
-int model_file_open(const char *path, struct model_file **out) {
+static int open_shape(struct model_file *file) {
+    file->tokenizer = (struct tokenizer_source){.path = file->path, .bos_id = -1, .eos_id = -1};
+    return model_config_shape_read(file->path, &file->config);
+}
+
+static int open_file(const char *path, int (*fill)(struct model_file *), struct model_file **out) {
     *out = NULL;
     struct model_file *file;
     TRY(base_alloc(&file, 1, sizeof *file));
     file->path = strdup(path);
-    int status = file->path ? open_parts(file) : base_fail_text(STATUS_MEMORY, "out of memory: a path");
+    int status = file->path ? fill(file) : base_fail_text(STATUS_MEMORY, "out of memory: a path");
     if (status < 0) {
         model_file_close(file);
         return status;
@@ -247,6 +255,12 @@ int model_file_open(const char *path, struct model_file **out) {
     *out = file;
     return STATUS_OK;
 }
+
+int model_file_open(const char *path, struct model_file **out) { return open_file(path, open_parts, out); }
+
+int model_file_open_shape(const char *path, struct model_file **out) { return open_file(path, open_shape, out); }
+
+bool model_file_is_shape(const struct model_file *file) { return file->n_tensors == 0; }
 
 void model_file_close(struct model_file *file) {
     if (!file)
@@ -274,7 +288,9 @@ void model_file_close(struct model_file *file) {
 
 const char *model_file_path(const struct model_file *file) { return file->path; }
 
-const char *model_file_format(const struct model_file *file) { return file->gguf ? "gguf" : "safetensors"; }
+const char *model_file_format(const struct model_file *file) {
+    return model_file_is_shape(file) ? "shape" : file->gguf ? "gguf" : "safetensors";
+}
 
 const struct model_config *model_file_config(const struct model_file *file) { return &file->config; }
 

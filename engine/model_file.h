@@ -52,10 +52,13 @@ struct model_file;
 
 /* Opens and checks `path` (a folder or a .gguf file). Errors: STATUS_INPUT for anything wrong with the files. */
 int model_file_open(const char *path, struct model_file **out);
+/* A model of a shape file's configuration (configs/models), without tensors and without a tokenizer: for made-up weights and for plans. */
+int model_file_open_shape(const char *path, struct model_file **out);
+bool model_file_is_shape(const struct model_file *file);
 void model_file_close(struct model_file *file);
 
 const char *model_file_path(const struct model_file *file);
-const char *model_file_format(const struct model_file *file); /* "gguf" or "safetensors" */
+const char *model_file_format(const struct model_file *file); /* "gguf", "safetensors" or "shape" */
 const struct model_config *model_file_config(const struct model_file *file);
 
 int model_file_n_tensors(const struct model_file *file);

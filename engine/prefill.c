@@ -149,21 +149,6 @@ static int upload_rows(struct prefill *p, const int32_t *prompt) {
     return stream_copy_in(r->stream, p->positions, positions, (size_t)rows * sizeof *positions);
 }
 
-static int take_pages(struct prefill *p, int32_t owner_offset) {
-    struct cache *c = &p->rank->cache;
-    int32_t *table = p->host_tokens + p->n + n_local_rows(p);
-    int64_t n = 0, n_flush = cache_n_flushed(&c->layout, p->n - 1);
-    for (int64_t block = 0; block < n_flush; block++) {
-        int32_t page, local;
-        if (!cache_owns(&c->layout, block, owner_offset))
-            continue;
-        TRY(cache_take_page(c, p->seq, block, &page, &local));
-        table[local] = page;
-        n++;
-    }
-    return stream_copy_in(p->rank->stream, c->page_table + p->seq * c->table_stride, table, (size_t)n * sizeof *table);
-}
-
 /* The table is sliced over all ranks, so every rank looks up every token, a tile at a time, and keeps the rows that it works on. */
 static int embed(struct prefill *p) {
     const struct rank *r = p->rank;
@@ -206,7 +191,7 @@ static int begin(struct prefill *p, int seq, int32_t owner_offset, const int32_t
     p->gathers = r->grid.cp > 1 && n >= (int64_t)p->gather_from * r->grid.cp;
     TRY(stream_sync(r->stream)); /* the host buffer of an earlier prompt may still be read */
     TRY(upload_rows(p, prompt));
-    TRY(take_pages(p, owner_offset));
+    TRY(cache_take_prompt(&r->cache, r->stream, seq, n, owner_offset, p->host_tokens + n + n_local_rows(p)));
     TRY(embed(p));
     return gather_weights(p, 0);
 }

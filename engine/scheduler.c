@@ -140,7 +140,7 @@ bool scheduler_forget(struct scheduler *s, struct sequence *q) {
 /* ---- plans --------------------------------------------------------------------------------------------------------- */
 
 static bool is_exact_by_layers(const struct scheduler *s, const struct sequence *q) {
-    return q->request.prefill == ENGINE_PREFILL_EXACT && q->request.n_prompt > s->limits.exact_from;
+    return !s->limits.assume_prompts && q->request.prefill == ENGINE_PREFILL_EXACT && q->request.n_prompt > s->limits.exact_from;
 }
 
 static bool plan_admit(struct scheduler *s, double now, struct step_plan *plan) {
@@ -162,6 +162,7 @@ static bool plan_admit(struct scheduler *s, double now, struct step_plan *plan) 
         s->prefilling = q;
     } else {
         q->state = SEQUENCE_ROWS;
+        q->n_done = s->limits.assume_prompts ? q->request.n_prompt - 1 : 0;
     }
     plan->kind = PLAN_ADMIT;
     plan->seq = slot;

@@ -44,6 +44,7 @@ struct scheduler_limits {
     struct cache_layout layout;      /* of any rank: window and cp */
     int64_t n_pages;                 /* of each rank */
     int64_t exact_from;              /* prompts of fewer tokens are exact on the decode path: nothing of them is flushed yet */
+    bool assume_prompts;             /* all of a prompt but its last token counts as cached from the admission on */
     bool random_offsets;             /* tests: owner offsets also depend on `seed` */
     uint64_t seed;
 };

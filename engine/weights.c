@@ -72,6 +72,7 @@ struct loader {
     enum dtype dtype;
     void *stage;   /* MEMORY_HOST, STAGE_BYTES */
     float *wide;   /* rows in float, STAGE_BYTES */
+    bool made_up;  /* no tensors: a shape file */
 };
 
 /* What is taken of one tensor: rows [row, row + n_rows), columns [column, column + n_columns). */
@@ -149,9 +150,50 @@ static int load_part(const struct loader *l, const struct part *p, void *to) {
     return STATUS_OK;
 }
 
+/* ---- made-up weights ----------------------------------------------------------------------------------------------- */
+
+/* Uniform numbers of the size of a trained model's, by tensor name and place: the same model in every layout, rotated or not. */
+static const float MADE_UP_RANGE = 0.035f; /* standard deviation 0.02, as such models are initialized */
+static const float MADE_UP_NORM = 0.1f;    /* norm weights: 1 +- this */
+#define MADE_UP_STRIDE ((int64_t)1 << 32)  /* between rows: more than any has columns */
+
+static uint64_t name_seed(const char *name) {
+    uint64_t seed = BASE_HASH;
+    for (const char *c = name; *c; c++)
+        seed = base_hash(seed, (unsigned char)*c);
+    return seed;
+}
+
+static int make_up_part(const struct loader *l, const char *name, const struct part *p, void *to) {
+    return op_fill_random(l->stream, &(struct fill_random_args){.data = to, .dtype = l->dtype, .n_rows = p->n_rows,
+                                                                .n_columns = p->n_columns, .first = p->row * MADE_UP_STRIDE + p->column,
+                                                                .stride = MADE_UP_STRIDE, .seed = name_seed(name),
+                                                                .low = -MADE_UP_RANGE, .high = MADE_UP_RANGE});
+}
+
+static int make_up_vector(const struct loader *l, const char *name, int64_t from, int64_t n, float *to) {
+    bool norm = strstr(name, "norm.weight");
+    return op_fill_random(l->stream, &(struct fill_random_args){.data = to, .dtype = DTYPE_F32, .n_rows = 1, .n_columns = n, .first = from,
+                                                                .seed = name_seed(name),
+                                                                .low = norm ? 1 - MADE_UP_NORM : -MADE_UP_RANGE,
+                                                                .high = norm ? 1 + MADE_UP_NORM : MADE_UP_RANGE});
+}
+
+/* ---- one tensor ---------------------------------------------------------------------------------------------------- */
+
+/* Of the tensor of that name, the part, whose `tensor` is found here. */
+static int load_matrix(const struct loader *l, const char *name, struct part part, void *to) {
+    if (l->made_up)
+        return make_up_part(l, name, &part, to);
+    TRY(find(l, name, &part.tensor));
+    return load_part(l, &part, to);
+}
+
 /* A vector of `n` values from `from` on, in float. rotate_d as in rotate (bias of W_v). */
 static int load_vector(const struct loader *l, const char *name, int64_t from, int64_t n, int rotate_d, float *to) {
     const struct model_tensor *t;
+    if (l->made_up)
+        return make_up_vector(l, name, from, n, to);
     TRY(find(l, name, &t));
     float *values = l->wide;
     for (int64_t i = 0; i < n; i++) {
@@ -193,8 +235,7 @@ static int load_qkv(const struct loader *l, const struct weights *w, int layer, 
         int64_t first = rows[i].begin * c->head_dim, n = range_size(rows[i]) * c->head_dim;
         struct part part = {.row = first, .n_rows = n, .n_columns = c->hidden, .rotate_rows = d};
         snprintf(rest, sizeof rest, "%s.weight", names[i]);
-        TRY(find(l, layer_name(name, layer, rest), &part.tensor));
-        TRY(load_part(l, &part, (uint8_t *)out->qkv.data + dtype_bytes(l->dtype, at * c->hidden)));
+        TRY(load_matrix(l, layer_name(name, layer, rest), part, (uint8_t *)out->qkv.data + dtype_bytes(l->dtype, at * c->hidden)));
         if (c->qkv_bias) {
             snprintf(rest, sizeof rest, "%s.bias", names[i]);
             TRY(load_vector(l, layer_name(name, layer, rest), first, n, d, out->qkv_bias + at));
@@ -231,8 +272,7 @@ static int load_sliced(const struct loader *l, const struct weights *w, int laye
     };
     for (size_t i = 0; i < sizeof parts / sizeof *parts; i++) {
         char name[NAME_BYTES];
-        TRY(find(l, layer_name(name, layer, parts[i].name), &parts[i].part.tensor));
-        TRY(load_part(l, &parts[i].part, parts[i].to));
+        TRY(load_matrix(l, layer_name(name, layer, parts[i].name), parts[i].part, parts[i].to));
     }
     return STATUS_OK;
 }
@@ -255,9 +295,8 @@ static int load_layer(const struct loader *l, const struct weights *w, const str
 static int load_vocabulary(const struct loader *l, const char *name, struct range rows, struct matrix *out) {
     struct part part = {.row = rows.begin, .n_rows = range_size(rows), .n_columns = l->config->hidden};
     *out = (struct matrix){NULL, range_size(rows), l->config->hidden};
-    TRY(find(l, name, &part.tensor));
     TRY(backend_alloc(l->backend, MEMORY_WEIGHTS, dtype_bytes(l->dtype, out->n_out * out->n_in), &out->data));
-    return load_part(l, &part, out->data);
+    return load_matrix(l, name, part, out->data);
 }
 
 static int load_all(const struct loader *l, const struct cache_spec *spec, bool o_whole, struct weights *w) {
@@ -279,11 +318,11 @@ static int load_all(const struct loader *l, const struct cache_spec *spec, bool 
     return STATUS_OK;
 }
 
-/* "auto": the 16-bit type that the file's matrices have; F16 for those of another width. */
+/* "auto": the 16-bit type that the file's matrices have; F16 for those of another width. Made-up weights are BF16, as most models are. */
 static int choose_dtype(const struct model_file *file, const char *option, enum dtype *out) {
-    const struct model_tensor *t = model_file_find(file, "model.layers.0.mlp.down_proj.weight");
+    const struct model_tensor *t = model_file_is_shape(file) ? NULL : model_file_find(file, "model.layers.0.mlp.down_proj.weight");
     if (!option || strcmp(option, "auto") == 0)
-        *out = t && t->dtype == DTYPE_BF16 ? DTYPE_BF16 : DTYPE_F16;
+        *out = model_file_is_shape(file) || (t && t->dtype == DTYPE_BF16) ? DTYPE_BF16 : DTYPE_F16;
     else if (strcmp(option, "f32") == 0)
         *out = DTYPE_F32;
     else
@@ -294,7 +333,8 @@ static int choose_dtype(const struct model_file *file, const char *option, enum 
 int weights_load(const struct model_file *file, const struct cache_spec *spec, const struct grid *grid, bool o_whole,
                  const char *dtype_option, struct backend *backend, struct stream *stream, struct weights *out) {
     const struct model_config *c = model_file_config(file);
-    struct loader l = {.file = file, .config = c, .backend = backend, .stream = stream};
+    struct loader l = {.file = file, .config = c, .backend = backend, .stream = stream,
+                       .made_up = model_file_is_shape(file)};
     int status = STATUS_OK;
     *out = (struct weights){.backend = backend};
     TRY_GOTO(choose_dtype(file, dtype_option, &l.dtype));
@@ -304,7 +344,9 @@ int weights_load(const struct model_file *file, const struct cache_spec *spec, c
     TRY_GOTO(backend_alloc(backend, MEMORY_HOST, STAGE_BYTES, &l.stage));
     TRY_GOTO(base_alloc(&l.wide, STAGE_BYTES, 1));
     TRY_GOTO(load_all(&l, spec, o_whole, out));
+    TRY_GOTO(stream_sync(stream));
 fail:
+    (void)stream_sync(stream); /* nothing writes into what is freed */
     free(l.wide);
     backend_free(backend, l.stage);
     if (status < 0)

@@ -51,7 +51,8 @@ struct weights {
     struct backend *backend;
 };
 
-/* `dtype_option`: "auto" (16 bit: the file's own 16-bit type, else F16) or "f32". Reads nothing that this rank does not own. */
+/* Of a shape file (no tensors) the weights are made up, on the device, by tensor name and place: the same model in every layout.
+ * `dtype_option`: "auto" (16 bit: the file's own 16-bit type, else F16) or "f32". Reads nothing that this rank does not own. */
 int weights_load(const struct model_file *file, const struct cache_spec *spec, const struct grid *grid, bool o_whole,
                  const char *dtype_option, struct backend *backend, struct stream *stream, struct weights *out);
 void weights_free(struct weights *weights);

@@ -52,6 +52,15 @@ void worker_deinit(struct worker *w) {
     w->host_prompt = w->device_prompt = NULL;
 }
 
+/* The slot gets its pages with whatever they hold; S and P keep what they hold. The prompt's host buffer, which nobody else reads, carries
+ * the page table's row. */
+static int assume_prompt(struct worker *w, const struct step_plan *plan) {
+    struct stream *stream = w->rank.stream;
+    TRY(stream_sync(stream));
+    TRY(cache_take_prompt(&w->rank.cache, stream, plan->seq, plan->n_prompt - 1, w->prompt_owner_offset, w->host_prompt));
+    return stream_sync(stream);
+}
+
 static int admit(struct worker *w, const struct step_plan *plan) {
     struct stream *stream = w->rank.stream;
     size_t prompt_bytes = (size_t)plan->n_prompt * sizeof(int32_t);
@@ -60,6 +69,8 @@ static int admit(struct worker *w, const struct step_plan *plan) {
     TRY(stream_copy_in(stream, w->device_prompt, w->host_prompt, prompt_bytes));
     TRY(op_seq_begin(stream, &(struct seq_begin_args){plan->seq, w->device_params, w->rank.cache.params, w->device_prompt,
                                                       plan->n_prompt, w->rank.cache.counts}));
+    if (w->assumes)
+        return assume_prompt(w, plan);
     TRY(cache_reset_states(&w->rank.cache, stream, plan->seq));
     return stream_sync(stream); /* the payload's host buffers are free again */
 }

@@ -18,6 +18,7 @@ struct worker {
     struct seq_params *host_params, *device_params;
     int32_t *host_prompt, *device_prompt;          /* [context]: the sequence admitted last */
     int32_t prompt_owner_offset;
+    bool assumes;                                  /* engine_options.assume_prompts */
 };
 
 /* Allocates host buffers and the decode path's, and exact prefill's for prompts of up to max_exact tokens (0: none). `rank` is complete

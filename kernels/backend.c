@@ -126,6 +126,17 @@ int stream_fence(struct stream *stream) {
     return stream->backend->table->fence ? stream->backend->table->fence(stream) : STATUS_OK;
 }
 
+int stream_read(struct stream *stream, const void *data, size_t bytes, uint32_t *sum) {
+    if (!stream->backend->table->read)
+        FAIL(STATUS_USAGE, "device %s: reading is measured on GPUs only", stream->backend->table->name);
+    return stream->backend->table->read(stream, data, bytes, sum);
+}
+
+int stream_peer_attend(struct stream *stream, const struct peer_attention *args, bool *done) {
+    *done = false;
+    return stream->backend->table->peer_attend ? stream->backend->table->peer_attend(stream, args, done) : STATUS_OK;
+}
+
 int stream_copy_in(struct stream *stream, void *device, const void *host, size_t bytes) {
     return stream->backend->table->copy(stream, device, host, bytes);
 }
@@ -166,6 +177,10 @@ int backend_record_begin(struct backend *backend) { return backend->table->recor
 int backend_record_end(struct backend *backend, struct graph **out) { return backend->table->record_end(backend, out); }
 
 int graph_replay(struct graph *graph) { return graph->backend->table->graph_replay(graph); }
+
+int graph_time(struct graph *graph, struct stream *stream, int n, double *seconds) {
+    return graph->backend->table->graph_time(graph, stream, n, seconds);
+}
 
 int graph_n_nodes(const struct graph *graph) { return graph->backend->table->graph_n_nodes(graph); }
 

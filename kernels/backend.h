@@ -111,6 +111,13 @@ int stream_keep(struct stream *stream, int status);
 /* What a library enqueues next sees all that earlier work of the stream wrote, even if its kernels do not wait for that as they should. */
 int stream_fence(struct stream *stream);
 
+/* Yardsticks of a device (kernels/rates.h). stream_read adds the sum of all 32-bit words of `data`, each read once from memory, to
+ * *sum, modulo 2^32; both are device memory, data and bytes multiples of 16. Errors: STATUS_USAGE on a CPU.
+ * stream_peer_attend runs attention by the vendor's library; *done is false, with nothing run, where there is none or it refuses the shape. */
+int stream_read(struct stream *stream, const void *data, size_t bytes, uint32_t *sum);
+struct peer_attention;
+int stream_peer_attend(struct stream *stream, const struct peer_attention *args, bool *done);
+
 int stream_copy_in(struct stream *stream, void *device, const void *host, size_t bytes);
 int stream_copy_out(struct stream *stream, void *host, const void *device, size_t bytes);
 int stream_copy(struct stream *stream, void *to_device, const void *from_device, size_t bytes);
@@ -129,6 +136,10 @@ int event_sync(struct event *event);                         /* the host waits; 
 int backend_record_begin(struct backend *backend);
 int backend_record_end(struct backend *backend, struct graph **out);
 int graph_replay(struct graph *graph);
+/* Replays once, then n times in a row, and waits: seconds[i] is the device's time for the i-th of them, from the end of the one before it
+ * to its own. `stream` is the one that the recording began on. The host enqueues replays ahead of the device, so a replay should last
+ * longer than enqueuing one: some tens of microseconds. On a CPU it is the clock's time. */
+int graph_time(struct graph *graph, struct stream *stream, int n, double *seconds);
 int graph_n_nodes(const struct graph *graph);
 void graph_close(struct graph *graph);
 

@@ -484,6 +484,17 @@ static int cpu_graph_replay(struct graph *graph) {
     return STATUS_OK;
 }
 
+static int cpu_graph_time(struct graph *graph, struct stream *stream, int n, double *seconds) {
+    for (int i = -1; i < n; i++) {
+        double start = base_seconds();
+        TRY(cpu_graph_replay(graph));
+        TRY(cpu_stream_sync(stream));
+        if (i >= 0)
+            seconds[i] = base_seconds() - start;
+    }
+    return STATUS_OK;
+}
+
 static int cpu_graph_n_nodes(const struct graph *graph) { return ((const struct cpu_graph *)graph)->list.n; }
 
 static void cpu_graph_close(struct graph *graph) {
@@ -555,7 +566,8 @@ static void cpu_profile(const struct backend *backend, struct backend_times *tim
         .zero = cpu_zero, .stream_sync = cpu_stream_sync, .event_open = cpu_event_open,                              \
         .event_close = cpu_event_close, .event_record = cpu_event_record, .stream_wait = cpu_stream_wait,            \
         .event_sync = cpu_event_sync, .record_begin = cpu_record_begin, .record_end = cpu_record_end,                \
-        .graph_replay = cpu_graph_replay, .graph_n_nodes = cpu_graph_n_nodes, .graph_close = cpu_graph_close,        \
+        .graph_replay = cpu_graph_replay, .graph_time = cpu_graph_time, .graph_n_nodes = cpu_graph_n_nodes,          \
+        .graph_close = cpu_graph_close,                                                                              \
     }
 
 const struct backend_table backend_cpu_table = CPU_TABLE("cpu", false, cpu_open);

@@ -18,12 +18,14 @@
 #include "kernels/cuda/blas.h"
 #include "kernels/cuda/cuda.h"
 #include "kernels/cuda/dnn.h"
+#include "kernels/cuda/rates.h"
 
 enum {
     ERROR_TEXT = 2048,
     MAX_STREAMS = 8,     /* of a backend; the engine uses two */
     SPIN_US = 2000,      /* a wait keeps its core for as long as a step may take, and is then told to the watch, */
     REST_US = 50,        /* which is asked this often */
+    TIMED_AT_ONCE = 64,  /* replays enqueued before the host waits: far from what fills a stream's queue */
 };
 
 struct block { /* one allocation */
@@ -409,6 +411,44 @@ static int cuda_event_sync(struct event *event) {
     return keep(s, wait_for(backend_of(e->base.backend), NULL, e->event));
 }
 
+/* ---- timing ---------------------------------------------------------------------------------------------------------- */
+
+/* One replay ahead of the first event keeps the device busy until the host has enqueued what is timed. */
+static int time_replays(struct cuda_graph *g, cudaEvent_t *events, int n, double *seconds) {
+    cudaStream_t stream = g->origin->stream;
+    TRY(replay(g));
+    TRY_CUDA(cudaEventRecord(events[0], stream), "timing a graph");
+    for (int i = 0; i < n; i++) {
+        TRY(replay(g));
+        TRY_CUDA(cudaEventRecord(events[i + 1], stream), "timing a graph");
+    }
+    TRY(wait_for(backend_of(g->base.backend), stream, NULL));
+    for (int i = 0; i < n; i++) {
+        float ms = 0;
+        TRY_CUDA(cudaEventElapsedTime(&ms, events[i], events[i + 1]), "timing a graph");
+        seconds[i] = 1e-3 * (double)ms;
+    }
+    return STATUS_OK;
+}
+
+static int cuda_graph_time(struct graph *graph, struct stream *stream, int n, double *seconds) {
+    struct cuda_graph *g = (struct cuda_graph *)graph;
+    cudaEvent_t events[TIMED_AT_ONCE + 1] = {0};
+    int status = STATUS_OK;
+    if (g->origin != stream_of(stream) || backend_of(graph->backend)->recording)
+        FAIL(STATUS_USAGE, "a graph is timed on the stream that its recording began on, outside of recordings");
+    TRY(enter(g->origin));
+    for (int i = 0; i <= TIMED_AT_ONCE && status == STATUS_OK; i++)
+        if (cudaEventCreate(&events[i]) != cudaSuccess)
+            status = base_fail(STATUS_FAILED, __FILE__, __LINE__, "CUDA: making events: %s", cudaGetErrorString(cudaGetLastError()));
+    for (int first = 0; first < n && status == STATUS_OK; first += TIMED_AT_ONCE)
+        status = keep(g->origin, time_replays(g, events, (int)min_i64(TIMED_AT_ONCE, n - first), seconds + first));
+    for (int i = 0; i <= TIMED_AT_ONCE; i++)
+        if (events[i])
+            (void)cudaEventDestroy(events[i]);
+    return status;
+}
+
 /* ---- events ---------------------------------------------------------------------------------------------------------- */
 
 static int record(struct cuda_event *e, struct cuda_stream *s) {
@@ -545,6 +585,18 @@ static int cuda_stream_fence(struct stream *stream) {
     return keep(s, cuda_fence(&s->launch));
 }
 
+static int cuda_stream_read(struct stream *stream, const void *data, size_t bytes, uint32_t *sum) {
+    struct cuda_stream *s = stream_of(stream);
+    TRY(enter(s));
+    return keep(s, cuda_read(&s->launch, data, bytes, sum));
+}
+
+static int cuda_stream_peer_attend(struct stream *stream, const struct peer_attention *args, bool *done) {
+    struct cuda_stream *s = stream_of(stream);
+    TRY(enter(s));
+    return keep(s, cuda_dnn_decode(&s->launch, args, done));
+}
+
 /* ---- opening --------------------------------------------------------------------------------------------------------- */
 
 static void cuda_close(struct backend *backend) {
@@ -623,9 +675,11 @@ static int (*const launchers[OP_COUNT])(const struct cuda_launch *, const void *
 const struct backend_table backend_cuda_table = {
     .name = "cuda", .async = true, .open = cuda_open, .close = cuda_close, .n_threads = cuda_n_threads, .profile = cuda_profile,
     .alloc = cuda_alloc, .free = cuda_free, .used = cuda_used, .count = cuda_count, .free_bytes = cuda_free_bytes,
-    .stream_open = cuda_stream_open, .stream_close = cuda_stream_close, .native = cuda_native, .keep = cuda_keep, .fence = cuda_stream_fence, .launch = cuda_launch_op, .call = cuda_call, .copy = cuda_copy, .zero = cuda_zero,
+    .stream_open = cuda_stream_open, .stream_close = cuda_stream_close, .native = cuda_native, .keep = cuda_keep, .fence = cuda_stream_fence,
+    .read = cuda_stream_read, .peer_attend = cuda_stream_peer_attend, .launch = cuda_launch_op, .call = cuda_call, .copy = cuda_copy,
+    .zero = cuda_zero,
     .stream_sync = cuda_stream_sync, .event_open = cuda_event_open, .event_close = cuda_event_close,
     .event_record = cuda_event_record, .stream_wait = cuda_stream_wait, .event_sync = cuda_event_sync,
     .record_begin = cuda_record_begin, .record_end = cuda_record_end, .graph_replay = cuda_graph_replay,
-    .graph_n_nodes = cuda_graph_n_nodes, .graph_close = cuda_graph_close, .set_watch = cuda_set_watch,
+    .graph_time = cuda_graph_time, .graph_n_nodes = cuda_graph_n_nodes, .graph_close = cuda_graph_close, .set_watch = cuda_set_watch,
 };

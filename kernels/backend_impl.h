@@ -20,6 +20,8 @@ struct backend_table {
     int (*native)(struct stream *stream, void **native);
     int (*keep)(struct stream *stream, int status);
     int (*fence)(struct stream *stream);
+    int (*read)(struct stream *stream, const void *data, size_t bytes, uint32_t *sum);
+    int (*peer_attend)(struct stream *stream, const struct peer_attention *args, bool *done);
 
     int (*stream_open)(struct backend *backend, struct stream **out);
     void (*stream_close)(struct stream *stream);
@@ -36,6 +38,7 @@ struct backend_table {
     int (*record_begin)(struct backend *backend);
     int (*record_end)(struct backend *backend, struct graph **out);
     int (*graph_replay)(struct graph *graph);
+    int (*graph_time)(struct graph *graph, struct stream *stream, int n, double *seconds);
     int (*graph_n_nodes)(const struct graph *graph);
     void (*graph_close)(struct graph *graph);
 };

@@ -154,7 +154,8 @@ HOST_DEVICE static inline int partial_tail(int head_dim, bool correction) { retu
     X(sample)           \
     X(sample_merge)     \
     X(seq_begin)        \
-    X(unpack)
+    X(unpack)           \
+    X(fill_random)
 
 enum op_id {
 #define OP_ID(name) OP_##name,
@@ -534,6 +535,17 @@ struct unpack_args {
     struct page_format format;
     const uint8_t *record;
     float *k, *v;
+};
+
+/* Made-up numbers for measurements, uniform from low to high: value (r, c) depends on seed and first + r * stride + c only, so that any rank
+ * makes any slice of a matrix, with the same bits on every backend (kernels/fill.h). */
+struct fill_random_args {
+    void *data; /* [n_rows][n_columns] */
+    enum dtype dtype; /* F32, F16 or BF16 */
+    int64_t n_rows, n_columns;
+    int64_t first, stride;
+    uint64_t seed;
+    float low, high;
 };
 
 #define OP_LAUNCH(name)                                                                            \

@@ -1,8 +1,9 @@
 /* What the machine itself does at best, beside which kvlinc bench puts what the program does: streaming reads, copies and plain
- * single-precision matrix products, on the CPU threads of the calling process. No operation of the program uses these. */
+ * single-precision matrix products, on the CPU threads of the calling process, and what a GPU's own library makes of attention. No
+ * operation of the program uses these. */
 #pragma once
 
-#include "kernels/base.h"
+#include "kernels/dtype.h"
 
 /* Reads every byte once, `n_threads` threads each their own piece, the same ones as rates_fill. The result depends on the bytes, so that
  * no read can be left out. `data` is 64-byte aligned, bytes a multiple of 64. */
@@ -19,3 +20,16 @@ void rates_gemm_close(struct rates_gemm *gemm);
 
 /* The BLAS library in one line: name, version, kernels chosen for this machine. */
 const char *rates_blas(void);
+
+/* Attention of one new token in each of `batch` sequences of n tokens, as the vendor's library does it: stream_peer_attend. The first
+ * call of a shape prepares it and is not recorded; at most eight shapes are in use by graphs. */
+struct peer_attention {
+    int batch, n_heads, n_kv_heads, head_dim;
+    int64_t n;
+    enum dtype dtype; /* F16 or BF16, of all that follows */
+    float scale;
+    bool grouped;      /* the query heads of a KV head are given as so many rows of one head: the same result, another kernel perhaps */
+    const void *q;     /* [batch][n_heads][d] */
+    const void *k, *v; /* [batch][n_kv_heads][n][d] */
+    void *out;         /* [batch][n_heads][d] */
+};

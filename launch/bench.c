@@ -33,6 +33,10 @@ static int parse_list(const char *option, const char *text, struct bench_list *l
     return STATUS_OK;
 }
 
+static bool is_without_model(const char *what) {
+    return strcmp(what, "rates") == 0 || strcmp(what, "attention") == 0 || strcmp(what, "collective") == 0;
+}
+
 static int parse_options(struct bench *b) {
     const struct options *o = b->options;
     const char *caches = o->caches;
@@ -43,9 +47,14 @@ static int parse_options(struct bench *b) {
         b->n_caches++;
     if (b->n_caches == 0)
         FAIL(STATUS_USAGE, "option --caches: the list is empty");
-    if (!o->engine.model && strcmp(o->what, "rates") != 0)
-        FAIL(STATUS_USAGE, "option --model is needed for all but kvlinc bench rates");
+    if (!o->engine.model && !is_without_model(o->what))
+        FAIL(STATUS_USAGE, "option --model is needed for all but kvlinc bench rates, attention and collective");
     return STATUS_OK;
+}
+
+int bench_open_model(const struct bench *b, struct model_file **out) {
+    const char *path = b->options->engine.model;
+    return b->options->random_weights ? model_file_open_shape(path, out) : model_file_open(path, out);
 }
 
 static bool wants(const struct bench *b, const char *part) {
@@ -119,11 +128,11 @@ static void limit_list(struct bench *b, const char *what, struct bench_list *lis
     list->n = n;
 }
 
-/* Every rank reads the same configuration. */
+/* Every rank reads the same configuration. Made-up weights know no longest context. */
 static int limit_lists(struct bench *b) {
     struct model_file *file;
-    TRY(model_file_open(b->options->engine.model, &file));
-    int64_t context = model_file_config(file)->context;
+    TRY(bench_open_model(b, &file));
+    int64_t context = b->options->random_weights ? INT32_MAX : model_file_config(file)->context;
     if (b->options->engine.context)
         context = min_i64(context, b->options->engine.context);
     model_file_close(file);
@@ -136,22 +145,50 @@ static int limit_lists(struct bench *b) {
 static int open_engine(struct bench *b, const char *cache) {
     struct engine_options options = b->options->engine;
     int64_t context = 1;
-    if (wants(b, "decode") && b->contexts.n)
+    if (b->decodes && b->contexts.n)
         context = largest(&b->contexts) + bench_decode_room(b);
-    if (wants(b, "prefill"))
+    if (b->prefills)
         context = max_i64(context, largest(&b->prompts) + 1);
     options.cache = cache;
     options.context = context;
-    options.max_batch = wants(b, "decode") ? (int)largest(&b->batches) : 1;
+    options.max_batch = b->decodes ? (int)largest(&b->batches) : 1;
     options.profile = b->options->profile;
+    options.random_weights = b->options->random_weights;
+    options.assume_prompts = options.random_weights && b->decodes;
     return run_open_engine(b->run, &options);
+}
+
+/* Says that not one sequence of the longest context fits, in the engine's words, and leaves that context out. */
+static void drop_longest(struct bench *b, const char *cache) {
+    char note[256];
+    struct bench_list *list = &b->contexts;
+    int64_t longest = largest(list);
+    int n = 0;
+    snprintf(note, sizeof note, "left out: %s", base_error());
+    base_clear_error();
+    if (b->run->root)
+        bench_add(b, (struct bench_row){.section = "decode", .item = "step", .cache = cache, .batch = 1, .tokens = longest, .note = note});
+    for (int i = 0; i < list->n; i++)
+        if (list->value[i] != longest)
+            list->value[n++] = list->value[i];
+    list->n = n;
+}
+
+/* Collective. With random weights contexts that do not fit are left out; without an engine if none is left. */
+static int open_fitting(struct bench *b, const char *cache) {
+    int status = open_engine(b, cache);
+    while (status == STATUS_MEMORY && b->options->random_weights && b->decodes && b->contexts.n > 0) {
+        drop_longest(b, cache);
+        status = b->contexts.n > 0 ? open_engine(b, cache) : STATUS_OK;
+    }
+    return status;
 }
 
 static int lead(struct bench *b) {
     int status = STATUS_OK;
-    if (wants(b, "decode"))
+    if (b->decodes)
         status = bench_decode(b);
-    if (status == STATUS_OK && wants(b, "prefill"))
+    if (status == STATUS_OK && b->prefills)
         status = bench_prefill(b);
     if (b->run->broken)
         return status;
@@ -160,10 +197,14 @@ static int lead(struct bench *b) {
 }
 
 /* Collective. The engine stays open after a failure: the end of the job closes it. */
-static int run_cache(struct bench *b, const char *cache) {
+static int run_engine(struct bench *b, const char *cache, bool decodes, bool prefills) {
     struct run *run = b->run;
+    b->decodes = decodes;
+    b->prefills = prefills;
     bench_memory_reset();
-    TRY(open_engine(b, cache));
+    TRY(open_fitting(b, cache));
+    if (!run->engine)
+        return STATUS_OK;
     int status = run->root ? lead(b) : run_follow(run);
     if (run->broken)
         return status;
@@ -174,11 +215,46 @@ static int run_cache(struct bench *b, const char *cache) {
     return STATUS_OK;
 }
 
+/* Collective. An engine that takes prompts as cached has no memory to read one: with random weights each part has an engine of its own. */
+static int run_cache(struct bench *b, const char *cache) {
+    struct bench_list contexts = b->contexts;
+    bool decodes = wants(b, "decode"), prefills = wants(b, "prefill"), apart = b->options->random_weights && decodes && prefills;
+    TRY(run_engine(b, cache, decodes, prefills && !apart));
+    b->contexts = contexts;
+    return apart ? run_engine(b, cache, false, true) : STATUS_OK;
+}
+
+/* Attention by itself is fast enough on a GPU for what people have long caches for. */
+static int set_attention_defaults(struct bench *b) {
+    const char *caches = "fp16,kivi,k4v4,kvlinc";
+    if (!options_given(b->options, "caches"))
+        for (b->n_caches = 0; next_word(&caches, b->caches[b->n_caches], BENCH_CACHE_BYTES);)
+            b->n_caches++;
+    if (bench_on_gpu(b) && !options_given(b->options, "contexts"))
+        TRY(parse_list("contexts", "1K,4K,32K,128K,512K,1M", &b->contexts));
+    return STATUS_OK;
+}
+
+/* Collective. The parts without an engine, on a device of their own. */
+static int run_device(struct bench *b) {
+    TRY(bench_device_open(b));
+    TRY(bench_rates(b));
+    if (strcmp(b->options->what, "attention") == 0) {
+        TRY(set_attention_defaults(b));
+        TRY(bench_attention(b));
+    }
+    if (strcmp(b->options->what, "collective") == 0)
+        TRY(bench_collective(b));
+    return STATUS_OK;
+}
+
 static int run_parts(struct bench *b) {
     if (b->run->root)
         bench_machine(b);
-    TRY(bench_rates(b));
-    if (strcmp(b->options->what, "rates") == 0)
+    int status = run_device(b);
+    bench_device_close(b);
+    TRY(status);
+    if (is_without_model(b->options->what))
         return STATUS_OK;
     TRY(comm_agree(b->run->world, "reading the model", limit_lists(b)));
     for (int i = 0; i < b->n_caches; i++)

@@ -1,4 +1,5 @@
-/* Decoding: sequences of a given length, all alive at once, one new token each in a step. The least that a step has to read are the
+/* Decoding: sequences of a given length, all alive at once, one new token each in a step. Their prompts are read, or with random weights
+ * taken as cached in pages of random content, so that any length costs nothing but memory. The least that a step has to read are the
  * weights once and each sequence's cache; that against the measured read bandwidth is the limit. */
 #include <stdlib.h>
 
@@ -92,14 +93,28 @@ static void add_rows(struct decode *d) {
     snprintf(note, sizeof note, "weights %.1f MiB, cache %.2f MiB a sequence", (double)weights / 1048576, (double)cache / 1048576);
     struct bench_row row = {.section = "decode", .item = "step", .cache = engine_cache_name(engine), .batch = d->batch,
                             .tokens = d->tokens, .ms = median * 1e3, .best_ms = d->seconds[0] * 1e3, .rate = d->batch / median, .unit = "tokens/s", .bytes = bytes,
-                            .share = bytes / median / b->read_rate, .of = "read", .note = note};
+                            .share = b->read_rate > 0 ? bytes / median / b->read_rate : 0, .of = "read", .note = note};
     bench_add(b, row);
     bench_profile_add(b, &d->begin, &d->end, &row, n, bench_sum(d->seconds, n));
+}
+
+/* Sequences that wait for each other never decode together. */
+static bool fits(struct bench *b, int batch, int64_t tokens) {
+    char note[96];
+    const struct engine *engine = b->run->engine;
+    int n = engine_fits(engine, tokens + bench_decode_room(b));
+    snprintf(note, sizeof note, "left out: %d sequences fit into the cache at once", n);
+    if (n < batch)
+        bench_add(b, (struct bench_row){.section = "decode", .item = "step", .cache = engine_cache_name(engine), .batch = batch,
+                                        .tokens = tokens, .note = note});
+    return n >= batch;
 }
 
 static int decode(struct bench *b, int batch, int64_t tokens) {
     struct decode *d;
     int status = STATUS_OK;
+    if (!fits(b, batch, tokens))
+        return STATUS_OK;
     TRY(base_alloc(&d, 1, sizeof *d));
     d->bench = b;
     d->batch = batch;

@@ -41,7 +41,7 @@ static int prefill(struct bench *b, int64_t n, enum engine_prefill kind) {
     struct bench_row row = {.section = "prefill", .item = kind == ENGINE_PREFILL_EXACT ? "exact" : "cached",
                             .cache = engine_cache_name(b->run->engine), .batch = 1, .tokens = n, .ms = seconds * 1e3, .best_ms = times[0] * 1e3,
                             .rate = (double)n / seconds, .unit = "tokens/s", .flop = flop, .share = flop / seconds / b->gemm_rate,
-                            .of = "sgemm"};
+                            .of = b->gemm_name};
     bench_add(b, row);
     bench_profile_add(b, &begin, &end, &row, repeats, bench_sum(times, repeats));
     return STATUS_OK;

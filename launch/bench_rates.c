@@ -1,9 +1,7 @@
 /* Yardsticks: memory, matrix products and collectives, all ranks at once. A pass begins on all ranks together and lasts until the
  * slowest is done; the median of the passes counts. */
-#include "launch/bench.h"
+#include "launch/bench_rates.h"
 
-#include <stdlib.h>
-#include <string.h>
 #include <unistd.h>
 
 #include "kernels/rates.h"
@@ -12,34 +10,27 @@
 enum {
     GEMM_SIZE = 1024,     /* the yardstick's: large enough that the library is at its best */
     GEMM_ROWS = 512,      /* rows of the model's own shapes: a tile of exact prefill */
+    GPU_GEMM_ROWS = 4096, /* the same on a GPU, and */
+    GPU_GEMM_SIZE = 8192, /* its yardstick's other two sizes */
     LLC_TIMES = 4,        /* a buffer of so many last-level caches cannot be held by them */
     N_CALLS = 200,        /* of each collective */
+    GPU_CALLS = 20,       /* of them in one graph on a GPU, which is replayed N_CALLS / GPU_CALLS times */
     SMALL_FLOATS = 576,   /* one residual row of a 135M model: 2.3 KB */
     LARGE_FLOATS = 16384, /* 64 KB */
 };
 #define LEAST_BYTES ((int64_t)1 << 30)
 #define MEMORY_SHARE 0.25 /* of the rank's memory, at most, for one buffer */
 
-struct rates {
-    struct bench *bench;
-    struct backend *backend;
-    struct stream *stream;
-    uint8_t *from, *to; /* bytes each */
-    size_t bytes;
-    uint64_t sum;       /* of what was read */
-    struct rates_gemm *gemm;
-};
-
 /* Collective. Runs `pass` on all ranks together, `repeats` times and once before; *seconds is the median, *best the least. */
-static int time_passes(struct rates *r, void (*pass)(struct rates *), double *seconds, double *best) {
+static int time_passes(struct rates *r, rates_pass *pass, double *seconds, double *best) {
     struct comm *world = r->bench->run->world;
     double times[BENCH_MAX_REPEATS];
     int n = r->bench->options->repeats;
     for (int i = -1; i < n; i++) {
+        double own = 0;
         TRY(comm_barrier(world, "bench"));
-        double start = base_seconds();
-        pass(r);
-        int64_t ns = (int64_t)((base_seconds() - start) * 1e9);
+        TRY(comm_agree(world, "bench", pass(r, &own)));
+        int64_t ns = (int64_t)(own * 1e9);
         TRY(comm_reduce_host(world, "bench", &ns, 1, COMM_MAX));
         if (i >= 0)
             times[i] = (double)ns * 1e-9;
@@ -49,9 +40,26 @@ static int time_passes(struct rates *r, void (*pass)(struct rates *), double *se
     return STATUS_OK;
 }
 
-static void pass_read(struct rates *r) { r->sum += rates_read(r->from, r->bytes, r->bench->n_threads); }
-static void pass_copy(struct rates *r) { rates_copy(r->to, r->from, r->bytes, r->bench->n_threads); }
-static void pass_gemm(struct rates *r) { rates_gemm_run(r->gemm); }
+static int pass_read(struct rates *r, double *seconds) {
+    double start = base_seconds();
+    r->sum += rates_read(r->from, r->bytes, r->bench->n_threads);
+    *seconds = base_seconds() - start;
+    return STATUS_OK;
+}
+
+static int pass_copy(struct rates *r, double *seconds) {
+    double start = base_seconds();
+    rates_copy(r->to, r->from, r->bytes, r->bench->n_threads);
+    *seconds = base_seconds() - start;
+    return STATUS_OK;
+}
+
+static int pass_gemm(struct rates *r, double *seconds) {
+    double start = base_seconds();
+    rates_gemm_run(r->gemm);
+    *seconds = base_seconds() - start;
+    return STATUS_OK;
+}
 
 /* ---- memory ------------------------------------------------------------------------------------------------------------ */
 
@@ -62,8 +70,7 @@ static size_t buffer_bytes(const struct bench *b) {
     return (size_t)round_up(max_i64(min_i64(all / b->run->place.local_size, most), 1 << 20), 4096);
 }
 
-/* Collective. `factor`: bytes moved for each byte of the buffer. */
-static int memory_row(struct rates *r, const char *what, void (*pass)(struct rates *), int factor, double *rate) {
+int bench_rates_memory_row(struct rates *r, const char *what, rates_pass *pass, int factor, double *rate) {
     struct bench *b = r->bench;
     char item[64], size[UNITS_TEXT];
     double seconds, best, bytes = (double)factor * (double)r->bytes * comm_size(b->run->world);
@@ -71,13 +78,13 @@ static int memory_row(struct rates *r, const char *what, void (*pass)(struct rat
     *rate = bytes / seconds;
     snprintf(item, sizeof item, "%s, %s a rank", what, units_bytes((int64_t)r->bytes, size));
     if (b->run->root)
-        bench_add(b, (struct bench_row){.section = "rates", .item = item, .ms = seconds * 1e3, .best_ms = best * 1e3, .rate = *rate * 1e-9, .unit = "GB/s",
-                                           .bytes = bytes});
+        bench_add(b, (struct bench_row){.section = "rates", .item = item, .ms = seconds * 1e3, .best_ms = best * 1e3, .rate = *rate * 1e-9,
+                                        .unit = "GB/s", .bytes = bytes});
     return STATUS_OK;
 }
 
 static int take_buffer(struct rates *r, uint8_t **out) {
-    TRY(backend_alloc(r->backend, MEMORY_WORKSPACE, r->bytes, out));
+    TRY(backend_alloc(r->bench->device.backend, MEMORY_WORKSPACE, r->bytes, out));
     rates_fill(*out, r->bytes, r->bench->n_threads);
     return STATUS_OK;
 }
@@ -88,32 +95,40 @@ static int measure_memory(struct rates *r) {
     double copy_rate;
     r->bytes = buffer_bytes(r->bench);
     TRY(comm_agree(world, "bench", take_buffer(r, &r->from)));
-    TRY(memory_row(r, "read", pass_read, 1, &r->bench->read_rate));
+    TRY(bench_rates_memory_row(r, "read", pass_read, 1, &r->bench->read_rate));
     r->bytes /= 2; /* as much memory in all */
     TRY(comm_agree(world, "bench", take_buffer(r, &r->to)));
-    TRY(memory_row(r, "copy", pass_copy, 2, &copy_rate));
-    backend_free(r->backend, r->from);
-    backend_free(r->backend, r->to);
+    TRY(bench_rates_memory_row(r, "copy", pass_copy, 2, &copy_rate));
+    backend_free(r->bench->device.backend, r->from);
+    backend_free(r->bench->device.backend, r->to);
     r->from = r->to = NULL;
     return STATUS_OK;
 }
 
 /* ---- matrix products --------------------------------------------------------------------------------------------------- */
 
-/* Collective. Every thread of every rank computes one product. */
+int bench_rates_flop_row(struct rates *r, const char *item, rates_pass *pass, double flop, double *rate) {
+    struct bench *b = r->bench;
+    double seconds, best, all = flop * comm_size(b->run->world);
+    TRY(time_passes(r, pass, &seconds, &best));
+    *rate = all / seconds;
+    if (b->run->root)
+        bench_add(b, (struct bench_row){.section = "rates", .item = item, .ms = seconds * 1e3, .best_ms = best * 1e3, .rate = *rate * 1e-9,
+                                           .unit = "GFLOP/s", .flop = all});
+    return STATUS_OK;
+}
+
+/* Collective. Every thread of every rank computes one product, or every GPU. */
 static int gemm_row(struct rates *r, const char *what, int64_t m, int64_t n, int64_t k, double *rate) {
     struct bench *b = r->bench;
     char item[64];
-    double seconds, best, flop = 2.0 * (double)m * (double)n * (double)k * b->n_threads * comm_size(b->run->world);
+    snprintf(item, sizeof item, "%s %lldx%lldx%lld", what, (long long)m, (long long)n, (long long)k);
+    if (bench_on_gpu(b))
+        return bench_rates_gpu_gemm(r, item, m, n, k, rate);
     TRY(comm_agree(b->run->world, "bench", rates_gemm_open(b->n_threads, m, n, k, &r->gemm)));
-    TRY(time_passes(r, pass_gemm, &seconds, &best));
+    TRY(bench_rates_flop_row(r, item, pass_gemm, 2.0 * (double)m * (double)n * (double)k * b->n_threads, rate));
     rates_gemm_close(r->gemm);
     r->gemm = NULL;
-    *rate = flop / seconds;
-    snprintf(item, sizeof item, "%s %lldx%lldx%lld", what, (long long)m, (long long)n, (long long)k);
-    if (b->run->root)
-        bench_add(b, (struct bench_row){.section = "rates", .item = item, .ms = seconds * 1e3, .best_ms = best * 1e3, .rate = *rate * 1e-9,
-                                           .unit = "GFLOP/s", .flop = flop});
     return STATUS_OK;
 }
 
@@ -121,7 +136,7 @@ static int gemm_row(struct rates *r, const char *what, int64_t m, int64_t n, int
 static int measure_shapes(struct rates *r) {
     struct model_file *file = NULL;
     struct comm *world = r->bench->run->world;
-    TRY(comm_agree(world, "reading the model", model_file_open(r->bench->options->engine.model, &file)));
+    TRY(comm_agree(world, "reading the model", bench_open_model(r->bench, &file)));
     const struct model_config *c = model_file_config(file);
     int64_t heads = (int64_t)c->n_heads * c->head_dim, kv = (int64_t)c->n_kv_heads * c->head_dim;
     struct {
@@ -133,7 +148,7 @@ static int measure_shapes(struct rates *r) {
     int status = STATUS_OK;
     for (size_t i = 0; i < sizeof shapes / sizeof *shapes && status == STATUS_OK; i++) {
         double rate = 0, own = (double)shapes[i].n * (double)shapes[i].k;
-        status = gemm_row(r, shapes[i].name, GEMM_ROWS, shapes[i].n, shapes[i].k, &rate);
+        status = gemm_row(r, shapes[i].name, bench_on_gpu(r->bench) ? GPU_GEMM_ROWS : GEMM_ROWS, shapes[i].n, shapes[i].k, &rate);
         flop += own;
         seconds += status == STATUS_OK ? own / rate : 0;
     }
@@ -147,43 +162,47 @@ static int measure_shapes(struct rates *r) {
 
 /* ---- collectives ------------------------------------------------------------------------------------------------------- */
 
-static int call_sum(struct rates *r, int64_t floats) {
-    float *x = (float *)(void *)r->from;
-    return comm_all_reduce(r->bench->run->world, r->stream, "bench", x, x, floats, COMM_FLOAT, COMM_SUM);
+struct collective {
+    struct rates *rates;
+    int64_t floats;
+};
+
+static int call_sum(void *context) {
+    const struct collective *c = context;
+    const struct bench_device *device = &c->rates->bench->device;
+    float *x = (float *)(void *)c->rates->from;
+    return comm_all_reduce(device->comm, device->stream, "bench", x, x, c->floats, COMM_FLOAT, COMM_SUM);
 }
 
-static int call_gather(struct rates *r, int64_t floats) {
-    int64_t bytes = floats * (int64_t)sizeof(float);
-    return comm_all_gather(r->bench->run->world, r->stream, "bench", r->from + comm_rank(r->bench->run->world) * bytes, r->from, bytes);
+static int call_gather(void *context) {
+    const struct collective *c = context;
+    const struct bench_device *device = &c->rates->bench->device;
+    int64_t bytes = c->floats * (int64_t)sizeof(float);
+    return comm_all_gather(device->comm, device->stream, "bench", c->rates->from + comm_rank(device->comm) * bytes, c->rates->from, bytes);
 }
 
 /* Collective. The median as rank 0 sees it. */
-static int call_row(struct rates *r, const char *what, int (*call)(struct rates *, int64_t), int64_t floats) {
-    double times[N_CALLS];
+static int call_row(struct rates *r, const char *what, int (*call)(void *), int64_t floats) {
+    struct collective c = {r, floats};
     char item[64];
+    int at_once = bench_on_gpu(r->bench) ? GPU_CALLS : 1;
+    double seconds, best, bytes = (double)floats * sizeof(float);
     TRY(comm_barrier(r->bench->run->world, "bench"));
-    for (int i = 0; i < N_CALLS; i++) {
-        double start = base_seconds();
-        TRY(call(r, floats));
-        TRY(stream_sync(r->stream));
-        times[i] = base_seconds() - start;
-    }
-    double seconds = bench_median(times, N_CALLS), bytes = (double)floats * sizeof(float);
+    TRY(bench_time_calls(r->bench, call, &c, at_once, N_CALLS / at_once, &seconds, &best));
     snprintf(item, sizeof item, "%s, %lld bytes", what, (long long)bytes);
     if (r->bench->run->root)
-        bench_add(r->bench, (struct bench_row){.section = "rates", .item = item, .ms = seconds * 1e3, .best_ms = times[0] * 1e3,
-                                                  .rate = 1 / seconds,
-                                                  .unit = "calls/s", .bytes = bytes});
+        bench_add(r->bench, (struct bench_row){.section = "rates", .item = item, .ms = seconds * 1e3, .best_ms = best * 1e3,
+                                                  .rate = 1 / seconds, .unit = "calls/s", .bytes = bytes});
     return STATUS_OK;
 }
 
 /* Collective. */
 static int measure_calls(struct rates *r) {
-    struct comm *world = r->bench->run->world;
-    if (comm_size(world) == 1)
+    const struct bench_device *device = &r->bench->device;
+    if (comm_size(device->comm) == 1)
         return STATUS_OK;
-    size_t bytes = (size_t)comm_size(world) * LARGE_FLOATS * sizeof(float);
-    TRY(comm_agree(world, "bench", comm_alloc(world, r->backend, bytes, &r->from)));
+    size_t bytes = (size_t)comm_size(device->comm) * LARGE_FLOATS * sizeof(float);
+    TRY(comm_agree(r->bench->run->world, "bench", comm_alloc(device->comm, device->backend, bytes, &r->from)));
     int status = call_row(r, "all-reduce", call_sum, SMALL_FLOATS);
     if (status == STATUS_OK)
         status = call_row(r, "all-reduce", call_sum, LARGE_FLOATS);
@@ -191,22 +210,22 @@ static int measure_calls(struct rates *r) {
         status = call_row(r, "all-gather", call_gather, SMALL_FLOATS);
     if (status == STATUS_OK)
         status = call_row(r, "all-gather", call_gather, LARGE_FLOATS);
-    comm_release(world, r->backend, r->from);
+    comm_release(device->comm, device->backend, r->from);
     r->from = NULL;
     return status;
 }
 
-static int open_device(struct rates *r) {
-    struct backend_options options = {.n_threads = r->bench->n_threads};
-    TRY(backend_open("cpu", &options, &r->backend));
-    return stream_open(r->backend, &r->stream);
-}
-
+/* Collective. */
 static int measure(struct rates *r) {
-    TRY(comm_agree(r->bench->run->world, "opening the device", open_device(r)));
-    TRY(measure_memory(r));
-    TRY(gemm_row(r, "sgemm", GEMM_SIZE, GEMM_SIZE, GEMM_SIZE, &r->bench->gemm_rate));
-    if (r->bench->options->engine.model)
+    struct bench *b = r->bench;
+    bool gpu = bench_on_gpu(b);
+    b->gemm_name = gpu ? "gemm" : "sgemm";
+    TRY(gpu ? bench_rates_gpu_memory(r) : measure_memory(r));
+    if (gpu)
+        TRY(gemm_row(r, "fp16 gemm", GPU_GEMM_ROWS, GPU_GEMM_SIZE, GPU_GEMM_SIZE, &b->gemm_rate));
+    else
+        TRY(gemm_row(r, "sgemm", GEMM_SIZE, GEMM_SIZE, GEMM_SIZE, &b->gemm_rate));
+    if (b->options->engine.model)
         TRY(measure_shapes(r));
     return measure_calls(r);
 }
@@ -215,7 +234,5 @@ int bench_rates(struct bench *b) {
     struct rates r = {.bench = b};
     int status = measure(&r);
     rates_gemm_close(r.gemm);
-    stream_close(r.stream);
-    backend_close(r.backend);
     return status;
 }

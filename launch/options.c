@@ -21,7 +21,8 @@ enum {
 static const struct {
     enum options_command command;
     const char *name;
-} command_names[] = {{OPTIONS_GENERATE, "generate"}, {OPTIONS_BATCH, "batch"}, {OPTIONS_INSPECT, "inspect"}, {OPTIONS_BENCH, "bench"}};
+} command_names[] = {{OPTIONS_GENERATE, "generate"}, {OPTIONS_BATCH, "batch"}, {OPTIONS_INSPECT, "inspect"},
+                     {OPTIONS_BENCH, "bench"},       {OPTIONS_PLAN, "plan"}};
 enum { N_COMMANDS = sizeof command_names / sizeof command_names[0] };
 
 const char *options_command_name(enum options_command command) {

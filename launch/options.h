@@ -12,6 +12,7 @@ enum options_command { /* a bit for each command that takes options */
     OPTIONS_BATCH = 2,
     OPTIONS_INSPECT = 4,
     OPTIONS_BENCH = 8,
+    OPTIONS_PLAN = 16,
 };
 
 enum { OPTIONS_MAX_STOP = 16, OPTIONS_MAX_TABLE = 80 };
@@ -44,8 +45,12 @@ struct options {
 
     /* bench */
     const char *what, *contexts, *prompts, *batches, *caches, *csv;
-    int repeats, steps;
-    bool profile;
+    int repeats, steps, heads, kv_heads, head_dim;
+    bool profile, random_weights;
+
+    /* plan */
+    const char *rates, *cluster;
+    int gpus, features;
 
     bool given[OPTIONS_MAX_TABLE]; /* by row of the table: options_given() */
     char *file_text;               /* the config file's text; values point into it */

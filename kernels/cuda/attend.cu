@@ -17,10 +17,9 @@ enum {
 
 /* ---- merge ---------------------------------------------------------------------------------------------------------- */
 
-/* Pieces of a segment: those of teams first .. last that have any tile. */
+/* Pieces of a segment: those of teams first .. last. */
 struct merge_range {
-    int64_t n_tiles, first, last; /* n_tiles: of all */
-    int64_t segment;
+    int first, last, segment;
 };
 
 struct merge_part { /* of one warp */
@@ -28,14 +27,10 @@ struct merge_part { /* of one warp */
     float y[KV_MAX_HEAD_DIM];
 };
 
-__device__ static inline bool merge_has_tiles(const struct attend_shape *shape, const struct merge_range *range, int64_t team) {
-    return team_begin(range->n_tiles, shape->n_teams, team) < team_begin(range->n_tiles, shape->n_teams, team + 1);
-}
-
 __device__ static inline const float *merge_piece(const struct attend_args *args, const struct attend_shape *shape,
-                                                  const struct merge_range *range, int64_t team, int head) {
+                                                  const struct merge_range *range, int team, int head) {
     const int group = args->n_heads / args->layout.n_kv_heads;
-    return shape->pieces + ((team + range->segment) * group + head % group) * piece_floats(args->layout.head_dim);
+    return shape->pieces + ((int64_t)(team + range->segment) * group + head % group) * piece_floats(args->layout.head_dim);
 }
 
 /* This warp's share of the pieces: every n_warps-th, in order. D / 32 channels a lane. */
@@ -45,9 +40,7 @@ __device__ static inline void merge_share(const struct attend_args *args, const 
     const int lane = (int)threadIdx.x % WARP, n_warps = (int)blockDim.x / WARP, per_lane = D / WARP;
     float y[per_lane] = {}, l = 0.0f;
 #pragma unroll 4
-    for (int64_t team = range->first + (int)threadIdx.x / WARP; team <= range->last; team += n_warps) {
-        if (!merge_has_tiles(shape, range, team))
-            continue;
+    for (int team = range->first + (int)threadIdx.x / WARP; team <= range->last; team += n_warps) {
         const float *piece = merge_piece(args, shape, range, team, head);
         const float factor = piece[D] == -INFINITY ? 0.0f : exp2f(piece[D] - m);
         l = fmaf(piece[D + 1], factor, l);
@@ -64,9 +57,8 @@ template <int D>
 __device__ static inline float merge_max(const struct attend_args *args, const struct attend_shape *shape, const struct merge_range *range,
                                          int head, struct merge_part *parts) {
     float m = -INFINITY;
-    for (int64_t team = range->first + threadIdx.x; team <= range->last; team += blockDim.x)
-        if (merge_has_tiles(shape, range, team))
-            m = fmaxf(m, merge_piece(args, shape, range, team, head)[D]);
+    for (int team = range->first + (int)threadIdx.x; team <= range->last; team += (int)blockDim.x)
+        m = fmaxf(m, merge_piece(args, shape, range, team, head)[D]);
     m = warp_max(m);
     if (threadIdx.x % WARP == 0)
         parts[threadIdx.x / WARP].m = m;
@@ -90,6 +82,7 @@ template <int D>
 static __global__ void attend_merge_kernel(const __grid_constant__ struct attend_args args,
                                            const __grid_constant__ struct attend_shape shape) {
     __shared__ struct merge_part parts[MERGE_MAX_WARPS];
+    wait_for_earlier();
     const int head = (int)blockIdx.x, row = (int)blockIdx.y, n_rows = attend_n_rows(&args), n_kv_heads = args.layout.n_kv_heads;
     float *record = attend_record(&args, row, head);
     if (row >= n_rows || args.in->row[row].seq < 0) {
@@ -99,12 +92,13 @@ static __global__ void attend_merge_kernel(const __grid_constant__ struct attend
     if (attend_in_long_run(args.in, n_rows, row))
         return;
     const int kv_head = head / (args.n_heads / n_kv_heads);
-    const int64_t n = (shape.begin[row + 1] - shape.begin[row]) / n_kv_heads; /* tiles of the segment */
-    const int64_t begin = shape.begin[row] + kv_head * n;
-    struct merge_range range = {shape.begin[STEP_MAX_ROWS], 0, -1, (int64_t)row * n_kv_heads + kv_head};
+    const int n = (shape.begin[row + 1] - shape.begin[row]) / n_kv_heads; /* tiles of the segment */
+    const int begin = shape.begin[row] + kv_head * n;
+    struct merge_range range = {0, -1, row * n_kv_heads + kv_head};
     if (n > 0) {
-        range.first = team_of(range.n_tiles, shape.n_teams, begin);
-        range.last = team_of(range.n_tiles, shape.n_teams, begin + n - 1);
+        const struct team_share share = team_share_of(shape.begin[STEP_MAX_ROWS], shape.n_teams);
+        range.first = team_of(&share, begin);
+        range.last = team_of(&share, begin + n - 1);
     }
     const float m = merge_max<D>(&args, &shape, &range, head, parts);
     merge_share<D>(&args, &shape, &range, head, m, &parts[threadIdx.x / WARP]);
@@ -160,12 +154,12 @@ static struct attend_shape choose_shape(const struct cuda_launch *launch, const 
     struct attend_shape shape = {0};
     shape.stage_bytes = (int)round_up(max_i64(slice, sliced ? 0 : page_record_size(format)), STAGE_ALIGN);
     int n_stages = (shared - fixed) / shape.stage_bytes;
-    shape.n_warps = (int)min_i64(max_warps, n_stages >= 4 ? n_stages / 2 : n_stages);
-    shape.n_stages = shape.n_warps ? (int)min_i64(DECODE_MAX_STAGES, n_stages / shape.n_warps) : 0;
     shape.n_passes = (int)ceil_div(group, TILE_COLUMNS);
+    shape.n_warps = (int)min_i64(max_warps, n_stages >= 4 ? n_stages / 2 : n_stages) / shape.n_passes * shape.n_passes;
+    shape.n_stages = shape.n_warps ? (int)min_i64(DECODE_MAX_STAGES, n_stages / shape.n_warps) : 0;
     shape.pass_heads = (int)ceil_div(group, shape.n_passes);
-    shape.n_teams = launch->n_sms * shape.n_warps / shape.n_passes;
-    shape.begin = (int64_t *)launch->scratch;
+    shape.n_teams = launch->n_sms * (shape.n_warps / shape.n_passes);
+    shape.begin = (int *)launch->scratch;
     shape.pieces = (float *)((uint8_t *)launch->scratch + PLAN_SCRATCH_BYTES);
     return shape;
 }
@@ -197,10 +191,8 @@ static int check_args(const struct attend_args *args) {
 static int launch_merge(const struct cuda_launch *launch, const struct attend_args *args, const struct attend_shape *shape) {
     dim3 records((unsigned)args->n_heads, (unsigned)args->n_rows);
     int threads = args->n_heads * args->n_rows <= MERGE_FEW_PER_SM * launch->n_sms ? MERGE_THREADS_FEW : MERGE_THREADS;
-    if (args->layout.head_dim == 64)
-        attend_merge_kernel<64><<<records, threads, 0, cuda_stream_of(launch)>>>(*args, *shape);
-    else
-        attend_merge_kernel<128><<<records, threads, 0, cuda_stream_of(launch)>>>(*args, *shape);
+    (void)launch_early(launch, args->layout.head_dim == 64 ? attend_merge_kernel<64> : attend_merge_kernel<128>, records, (unsigned)threads,
+                       0, *args, *shape);
     CHECK_LAUNCH("attend_merge");
     return STATUS_OK;
 }
@@ -223,7 +215,7 @@ extern "C" int cuda_attend(const struct cuda_launch *launch, const struct attend
     int dynamic = shape.n_warps * shape.n_stages * shape.stage_bytes;
     if (cudaFuncSetAttribute(choice.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, dynamic) != cudaSuccess)
         FAIL(STATUS_FAILED, "CUDA: attend: %d bytes of shared memory: %s", dynamic, cudaGetErrorString(cudaGetLastError()));
-    choice.kernel<<<launch->n_sms, shape.n_warps * WARP, dynamic, cuda_stream_of(launch)>>>(*args, shape);
+    (void)launch_early(launch, choice.kernel, dim3((unsigned)launch->n_sms), (unsigned)(shape.n_warps * WARP), (size_t)dynamic, *args, shape);
     CHECK_LAUNCH("attend");
     TRY(launch_merge(launch, args, &shape));
     if (args->n_rows >= ATTEND_BLOCK_ROWS) /* last: it may overwrite the pieces */

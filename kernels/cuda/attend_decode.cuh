@@ -226,7 +226,7 @@ template <class C> __device__ __forceinline__ void decode_write_piece(struct dec
 /* ---- the kernel --------------------------------------------------------------------------------------------------------- */
 
 /* n > 0 tiles from `first` on. */
-template <class C> __device__ __forceinline__ void decode_walk(struct decode_warp<C> &w, int team, int64_t first, int n) {
+template <class C> __device__ __forceinline__ void decode_walk(struct decode_warp<C> &w, int team, int first, int n) {
     const int n_stages = w.shape->n_stages, n_kv_heads = w.args->layout.n_kv_heads;
     struct attend_cursor ahead;
     w.at = ahead = cursor_at(w.plan, first);
@@ -275,14 +275,16 @@ static __global__ void __launch_bounds__(C::MAX_WARPS *WARP, 1)
     for (int i = (int)threadIdx.x; i < shape.n_warps * shape.n_stages; i += n_threads)
         stage_init(&barriers[i]);
     stage_fence();
+    wait_for_earlier();
     plan_make<C::SLICED>(&args, &plan);
     if (blockIdx.x == 0)
         for (int i = (int)threadIdx.x; i <= STEP_MAX_ROWS; i += n_threads)
             shape.begin[i] = plan.begin[i];
-    const int index = (int)blockIdx.x * shape.n_warps + warp, team = index / shape.n_passes;
-    const int64_t total = plan.begin[STEP_MAX_ROWS];
-    const int64_t first = team_begin(total, shape.n_teams, team), end = team_begin(total, shape.n_teams, team + 1);
-    if (team >= shape.n_teams || first == end)
+    /* Neighbours in the order of tiles are warps of different CTAs: few tiles spread over the device. */
+    const int team = warp / shape.n_passes * (int)gridDim.x + (int)blockIdx.x;
+    const struct team_share share = team_share_of(plan.begin[STEP_MAX_ROWS], shape.n_teams);
+    const int first = team_begin(&share, team), end = team_begin(&share, team + 1);
+    if (first == end)
         return;
     struct decode_warp<C> w;
     const int group = args.n_heads / args.layout.n_kv_heads;
@@ -290,9 +292,9 @@ static __global__ void __launch_bounds__(C::MAX_WARPS *WARP, 1)
     w.shape = &shape;
     w.plan = &plan;
     w.lane = (int)threadIdx.x % WARP;
-    w.first_head = index % shape.n_passes * shape.pass_heads;
+    w.first_head = warp % shape.n_passes * shape.pass_heads;
     w.n_heads = min(group - w.first_head, shape.pass_heads);
     w.stages = stages + (int64_t)warp * shape.n_stages * shape.stage_bytes;
     w.barriers = barriers + warp * shape.n_stages;
-    decode_walk<C>(w, team, first, (int)(end - first));
+    decode_walk<C>(w, team, first, end - first);
 }

@@ -1,8 +1,8 @@
 /* Who does what while decoding: the work of a step is cut into tiles, and every team of warps takes an equal range of them.
  *
  * A tile is one page (of which K or V is encoded) or ATTEND_SLICE tokens in 16 bit. A segment is a row and a KV head; its tiles are
- * pages, sink, window in this order, and segment row * n_kv_heads + kv_head follows segment by segment. Team w of W takes tiles
- * [T w / W, T (w + 1) / W). What a team knows of a segment goes to piece w + segment: along the walk over tiles neither number falls and
+ * pages, sink, window in this order, and segment row * n_kv_heads + kv_head follows segment by segment. Of T tiles each of W teams takes
+ * T / W, the first T % W one more, so no team without tiles stands between others. What a team knows of a segment goes to piece w + segment: along the walk over tiles neither number falls and
  * one of them grows at each change, so no two (team, segment) share a piece, and the merge finds them without a list. */
 #pragma once
 
@@ -11,7 +11,7 @@
 enum { PLAN_SCRATCH_BYTES = 4096 }; /* plan->begin, before the pieces */
 
 struct attend_plan {
-    int64_t begin[STEP_MAX_ROWS + 1]; /* first tile of a row; those beyond the last: the total */
+    int begin[STEP_MAX_ROWS + 1];     /* first tile of a row; those beyond the last: the total */
     int n_tiles[STEP_MAX_ROWS + 1];   /* of one KV head of a row; 0: padding, rows beyond, and rows of long runs */
     struct attend_view view[STEP_MAX_ROWS];
 };
@@ -22,16 +22,31 @@ struct attend_shape {
     int n_teams;                        /* W */
     int n_passes;                       /* warps of a team: each takes pass_heads of the group's heads */
     int pass_heads;
-    int64_t *begin;                     /* scratch: plan->begin for the merge */
+    int *begin;                         /* scratch: plan->begin for the merge */
     float *pieces;                      /* [W + n_rows n_kv_heads - 1][group][piece_floats]: Y, m (of base 2), l */
 };
 
 HOST_DEVICE static inline int piece_floats(int head_dim) { return head_dim + 4; }
 
-__device__ static inline int64_t team_begin(int64_t n_tiles, int64_t n_teams, int64_t team) { return n_tiles * team / n_teams; }
-/* The team whose range holds `tile`: the last one that begins at or before it. */
-__device__ static inline int64_t team_of(int64_t n_tiles, int64_t n_teams, int64_t tile) {
-    return (n_teams * (tile + 1) + n_tiles - 1) / n_tiles - 1;
+/* Tiles of a team, and how many teams have one more. All numbers of tiles fit 32 bits, whose divisions are several times faster: a tile has
+ * at least 4 KiB, so 2^31 of them are more than any device holds. */
+struct team_share {
+    int each, more;
+};
+
+__device__ static inline struct team_share team_share_of(int n_tiles, int n_teams) {
+    struct team_share share;
+    share.each = n_tiles / n_teams;
+    share.more = n_tiles - share.each * n_teams;
+    return share;
+}
+__device__ static inline int team_begin(const struct team_share *share, int team) {
+    return share->each * team + min(team, share->more);
+}
+/* The team that has `tile`. */
+__device__ static inline int team_of(const struct team_share *share, int tile) {
+    int wide = share->more * (share->each + 1); /* tiles of the teams with one more; share->each > 0 where a tile lies beyond */
+    return tile < wide ? tile / (share->each + 1) : share->more + (tile - wide) / share->each;
 }
 
 /* What one tile is. */
@@ -104,12 +119,12 @@ template <bool SLICED> __device__ static inline void plan_make(const struct atte
     if (threadIdx.x < WARP) {
         const int per_lane = STEP_MAX_ROWS / WARP;
         int first = (int)threadIdx.x * per_lane;
-        int64_t sum = 0, before;
+        int sum = 0, before;
         for (int i = 0; i < per_lane; i++)
-            sum += (int64_t)plan->n_tiles[first + i] * args->layout.n_kv_heads;
+            sum += plan->n_tiles[first + i] * args->layout.n_kv_heads;
         before = sum;
         for (int offset = 1; offset < WARP; offset *= 2) {
-            int64_t other = (int64_t)__shfl_up_sync(0xffffffffu, (long long)before, offset);
+            int other = __shfl_up_sync(0xffffffffu, before, offset);
             before += (int)threadIdx.x >= offset ? other : 0;
         }
         if (threadIdx.x == WARP - 1)
@@ -117,7 +132,7 @@ template <bool SLICED> __device__ static inline void plan_make(const struct atte
         before -= sum;
         for (int i = 0; i < per_lane; i++) {
             plan->begin[first + i] = before;
-            before += (int64_t)plan->n_tiles[first + i] * args->layout.n_kv_heads;
+            before += plan->n_tiles[first + i] * args->layout.n_kv_heads;
         }
     }
     __syncthreads();
@@ -140,7 +155,7 @@ __device__ static inline void cursor_look_up(const struct attend_args *args, con
 }
 
 /* At tile `tile` of all; below the total. */
-__device__ static inline struct attend_cursor cursor_at(const struct attend_plan *plan, int64_t tile) {
+__device__ static inline struct attend_cursor cursor_at(const struct attend_plan *plan, int tile) {
     int low = 0, high = STEP_MAX_ROWS;
     while (low < high) { /* rows that begin at or before the tile: the last of them has it */
         int middle = (low + high) / 2;
@@ -150,7 +165,7 @@ __device__ static inline struct attend_cursor cursor_at(const struct attend_plan
             high = middle;
     }
     struct attend_cursor at = {low - 1, 0, 0, plan->n_tiles[low - 1], 0};
-    int within = (int)(tile - plan->begin[at.row]);
+    int within = tile - plan->begin[at.row];
     at.kv_head = within / at.n;
     at.index = within % at.n;
     return at;

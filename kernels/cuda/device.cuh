@@ -35,6 +35,34 @@ template <> __device__ inline __half device_narrow<__half>(float x) { return __f
 template <> __device__ inline __nv_bfloat16 device_narrow<__nv_bfloat16>(float x) { return __float2bfloat16_rn(x); }
 template <> __device__ inline float device_narrow<float>(float x) { return x; }
 
+/* A kernel that is launched by launch_early may begin while the one in front of it ends: it waits here before it reads what others wrote.
+ * Launched otherwise, this does nothing. */
+__device__ static inline void wait_for_earlier(void) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+#ifdef __CUDACC__
+/* Launches a kernel that calls wait_for_earlier first: its blocks are brought up while the kernel in front of it still runs (programmatic
+ * dependent launch; devices before 9.0 launch it as any other). */
+template <typename... P, typename... A>
+static inline cudaError_t launch_early(const struct cuda_launch *launch, void (*kernel)(P...), dim3 grid, unsigned threads, size_t shared,
+                                       const A &...args) {
+    cudaLaunchAttribute early = {};
+    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    early.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = grid;
+    config.blockDim = dim3(threads);
+    config.dynamicSmemBytes = shared;
+    config.stream = cuda_stream_of(launch);
+    config.attrs = &early;
+    config.numAttrs = launch->architecture >= 90 ? 1 : 0;
+    return cudaLaunchKernelEx(&config, kernel, args...);
+}
+#endif
+
 __device__ static inline float warp_sum(float x) {
     for (int offset = WARP / 2; offset > 0; offset /= 2)
         x += __shfl_xor_sync(0xffffffffu, x, offset);

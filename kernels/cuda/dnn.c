@@ -2,6 +2,8 @@
  *
  *     scores = Q K^T * scale;  masked = row + n_keys - n_rows >= column ? scores : -inf;  weights = softmax(masked);  O = weights V
  *
+ * Where every row sees all keys (decoding, for comparison) there is no mask.
+ *
  * Only Q, K, V and O exist in memory. O is 16 bit there: it is put into the upper half of our float result and widened from there. */
 #include "kernels/cuda/dnn.h"
 
@@ -54,6 +56,8 @@ typedef cudnnBackendDescriptor_t descriptor; /* a pointer of the library's */
 struct dnn_shape {
     int64_t n_rows, n_keys, n; /* n_keys = first + n_rows: what the last row sees; n: stride of K and V planes */
     int32_t n_heads, n_kv_heads, head_dim, dtype;
+    int32_t decode; /* 0: causal, q and O by rows, K and V of a head together; 1: no mask, q and O by heads, K and V apart */
+    int32_t batch;
 };
 
 struct dnn_plan {
@@ -124,7 +128,11 @@ static void finish(struct builder *b, descriptor d, const char *what) {
 
 /* ---- the graph ----------------------------------------------------------------------------------------------------- */
 
-enum uid { UID_Q = 1, UID_K, UID_V, UID_O, UID_SCALE, UID_N_KEYS, UID_N_ROWS, UID_MASKED, UID_INNER, N_GIVEN = UID_MASKED };
+enum uid {
+    UID_Q = 1, UID_K, UID_V, UID_O, UID_SCALE, N_UNMASKED = UID_SCALE,
+    UID_N_KEYS, UID_N_ROWS, UID_MASKED, N_GIVEN = UID_MASKED, /* only with a mask */
+    UID_INNER,
+};
 enum place { IN_MEMORY, BY_VALUE, INNER }; /* tensors that are INNER have ids from UID_INNER on */
 
 struct tensor_shape {
@@ -156,7 +164,7 @@ static descriptor inner(struct builder *b, cudnnDataType_t type, int64_t columns
     const struct dnn_shape *s = &b->plan->shape;
     int64_t heads = s->n_heads, rows = s->n_rows;
     return tensor(b, UID_INNER + b->plan->n_kept, INNER, type,
-                  (struct tensor_shape){{1, heads, rows, columns}, {heads * rows * columns, rows * columns, columns, 1}});
+                  (struct tensor_shape){{s->batch, heads, rows, columns}, {heads * rows * columns, rows * columns, columns, 1}});
 }
 
 static void add_operation(struct builder *b, descriptor operation, const char *what) {
@@ -263,17 +271,21 @@ static descriptor add_attention(struct builder *b) {
     const struct dnn_shape *s = &b->plan->shape;
     int64_t d = s->head_dim, heads = s->n_heads, kv_heads = s->n_kv_heads, rows = s->n_rows, keys = s->n_keys, plane = s->n * d;
     cudnnDataType_t type = s->dtype == DTYPE_F16 ? CUDNN_DATA_HALF : CUDNN_DATA_BFLOAT16;
-    struct tensor_shape by_row = {{1, heads, rows, d}, {rows * heads * d, d, heads * d, 1}};
-    descriptor q = tensor(b, UID_Q, IN_MEMORY, type, by_row);
-    int64_t head = 2 * plane, all = kv_heads * head;
-    descriptor k = tensor(b, UID_K, IN_MEMORY, type, (struct tensor_shape){{1, kv_heads, d, keys}, {all, head, 1, d}});
-    descriptor v = tensor(b, UID_V, IN_MEMORY, type, (struct tensor_shape){{1, kv_heads, keys, d}, {all, head, d, 1}});
-    descriptor o = tensor(b, UID_O, IN_MEMORY, type, by_row);
+    struct tensor_shape queries = {{s->batch, heads, rows, d}, {rows * heads * d, d, heads * d, 1}};
+    if (s->decode) {
+        queries.strides[1] = rows * d;
+        queries.strides[2] = d;
+    }
+    descriptor q = tensor(b, UID_Q, IN_MEMORY, type, queries);
+    int64_t head = s->decode ? plane : 2 * plane, all = kv_heads * head;
+    descriptor k = tensor(b, UID_K, IN_MEMORY, type, (struct tensor_shape){{s->batch, kv_heads, d, keys}, {all, head, 1, d}});
+    descriptor v = tensor(b, UID_V, IN_MEMORY, type, (struct tensor_shape){{s->batch, kv_heads, keys, d}, {all, head, d, 1}});
+    descriptor o = tensor(b, UID_O, IN_MEMORY, type, queries);
     descriptor products = inner(b, CUDNN_DATA_FLOAT, keys);
     multiply(b, q, k, products, "Q K");
     descriptor scale = scalar(b, UID_SCALE, CUDNN_DATA_FLOAT);
     descriptor scores = combine(b, CUDNN_POINTWISE_MUL, CUDNN_DATA_FLOAT, products, scale, CUDNN_DATA_FLOAT, keys, "scale");
-    multiply(b, add_softmax(b, add_mask(b, scores), type), v, o, "weights V");
+    multiply(b, add_softmax(b, s->decode ? scores : add_mask(b, scores), type), v, o, "weights V");
     descriptor graph = make(b, CUDNN_BACKEND_OPERATIONGRAPH_DESCRIPTOR, "graph");
     set(b, graph, CUDNN_ATTR_OPERATIONGRAPH_OPS, CUDNN_TYPE_BACKEND_DESCRIPTOR, b->n_operations, b->operations, "graph");
     finish(b, graph, "graph");
@@ -350,28 +362,36 @@ static void plan_build(struct cuda_dnn *dnn, struct dnn_plan *plan, const struct
     }
     dnn->call.cudnnGetLastErrorString(text, sizeof text);
     if (!dnn->refused)
-        log_info("exact attention by our own kernel: cuDNN %s refuses %s: %s: %s; %s", dnn->version, name, b.what ? b.what : "?",
-                 dnn->call.cudnnGetErrorString(b.status), text);
+        log_info("%scuDNN %s refuses %s: %s: %s; %s", shape->decode ? "" : "exact attention by our own kernel: ", dnn->version, name,
+                 b.what ? b.what : "?", dnn->call.cudnnGetErrorString(b.status), text);
     dnn->refused = true;
+}
+
+/* The shape's plan; NULL: it is new. */
+static struct dnn_plan *plan_recall(struct cuda_dnn *dnn, const struct dnn_shape *shape) {
+    for (int i = 0; i < DNN_N_PLANS; i++) {
+        struct dnn_plan *plan = &dnn->plans[i];
+        if (plan->last_use && memcmp(&plan->shape, shape, sizeof *shape) == 0) {
+            plan->last_use = ++dnn->n_uses;
+            return plan;
+        }
+    }
+    return NULL;
 }
 
 /* The shape's plan, made if it is new in place of the one unused for longest, whose kernel may still be running on `stream`. */
 static int plan_find(struct cuda_dnn *dnn, const struct dnn_shape *shape, cudaStream_t stream, struct dnn_plan **out) {
     struct dnn_plan *oldest = &dnn->plans[0];
-    for (int i = 0; i < DNN_N_PLANS; i++) {
-        struct dnn_plan *plan = &dnn->plans[i];
-        if (plan->last_use && memcmp(&plan->shape, shape, sizeof *shape) == 0) {
-            plan->last_use = ++dnn->n_uses;
-            *out = plan;
-            return STATUS_OK;
-        }
-        if (plan->last_use < oldest->last_use)
-            oldest = plan;
-    }
+    *out = plan_recall(dnn, shape);
+    if (*out)
+        return STATUS_OK;
+    for (int i = 1; i < DNN_N_PLANS; i++)
+        if (dnn->plans[i].last_use < oldest->last_use)
+            oldest = &dnn->plans[i];
     if (oldest->plan) {
         cudaError_t error = cudaStreamSynchronize(stream);
         if (error != cudaSuccess)
-            FAIL(STATUS_FAILED, "CUDA: attend_exact: %s", cudaGetErrorString(error));
+            FAIL(STATUS_FAILED, "CUDA: cuDNN's attention: %s", cudaGetErrorString(error));
     }
     plan_free(dnn, oldest);
     plan_build(dnn, oldest, shape);
@@ -403,25 +423,25 @@ static bool is_ready(struct cuda_dnn *dnn) {
         log_info("exact attention by our own kernel: cuDNN %s: %s: %s; %s", dnn->version, what, dnn->call.cudnnGetErrorString(status),
                  text);
     } else {
-        log_info("exact attention of long prompts by cuDNN %s", dnn->version);
+        log_info("cuDNN %s is there, for exact attention of long prompts", dnn->version);
     }
     return !dnn->failed;
 }
 
-static int execute(struct cuda_dnn *dnn, const struct dnn_plan *plan, const struct cuda_launch *launch,
-                   const struct attend_exact_args *args, void *o) {
+static int execute(struct cuda_dnn *dnn, const struct dnn_plan *plan, const struct cuda_launch *launch, const void *q, const void *k,
+                   const void *v, float scale, void *o) {
     int32_t n_keys = (int32_t)plan->shape.n_keys, n_rows = (int32_t)plan->shape.n_rows;
-    float scale = args->scale, masked = -INFINITY;
-    uint8_t *k = (uint8_t *)(uintptr_t)args->kv;
+    float masked = -INFINITY;
+    int64_t n_given = plan->shape.decode ? N_UNMASKED : N_GIVEN;
     const int64_t uids[N_GIVEN] = {UID_Q, UID_K, UID_V, UID_O, UID_SCALE, UID_N_KEYS, UID_N_ROWS, UID_MASKED};
-    void *const pointers[N_GIVEN] = {(void *)(uintptr_t)args->q, k, k + dtype_bytes(args->dtype, args->n * args->head_dim), o,
+    void *const pointers[N_GIVEN] = {(void *)(uintptr_t)q, (void *)(uintptr_t)k, (void *)(uintptr_t)v, o,
                                      &scale, &n_keys, &n_rows, &masked};
     struct dnn_plan pack = {0};
     struct builder b = {.dnn = dnn, .plan = &pack, .status = CUDNN_STATUS_SUCCESS};
     char text[512] = "";
     descriptor d = make(&b, CUDNN_BACKEND_VARIANT_PACK_DESCRIPTOR, "variant pack");
-    set(&b, d, CUDNN_ATTR_VARIANT_PACK_UNIQUE_IDS, CUDNN_TYPE_INT64, N_GIVEN, uids, "variant pack");
-    set(&b, d, CUDNN_ATTR_VARIANT_PACK_DATA_POINTERS, CUDNN_TYPE_VOID_PTR, N_GIVEN, pointers, "variant pack");
+    set(&b, d, CUDNN_ATTR_VARIANT_PACK_UNIQUE_IDS, CUDNN_TYPE_INT64, n_given, uids, "variant pack");
+    set(&b, d, CUDNN_ATTR_VARIANT_PACK_DATA_POINTERS, CUDNN_TYPE_VOID_PTR, n_given, pointers, "variant pack");
     set(&b, d, CUDNN_ATTR_VARIANT_PACK_WORKSPACE, CUDNN_TYPE_VOID_PTR, 1, &launch->scratch, "variant pack");
     finish(&b, d, "variant pack");
     if (b.status == CUDNN_STATUS_SUCCESS)
@@ -470,14 +490,40 @@ int cuda_dnn_attend(const struct cuda_launch *launch, const struct attend_exact_
     if (capture != cudaStreamCaptureStatusNone || (uintptr_t)args->out % 16 != 0 || !is_ready(dnn))
         return STATUS_OK;
     struct dnn_shape shape = {.n_rows = args->n_rows, .n_keys = args->first + args->n_rows, .n = args->n, .n_heads = args->n_heads,
-                              .n_kv_heads = args->n_kv_heads, .head_dim = args->head_dim, .dtype = (int32_t)args->dtype};
+                              .n_kv_heads = args->n_kv_heads, .head_dim = args->head_dim, .dtype = (int32_t)args->dtype, .batch = 1};
     struct dnn_plan *plan = NULL;
     TRY(plan_find(dnn, &shape, (cudaStream_t)launch->stream, &plan));
     if (!plan->plan)
         return STATUS_OK;
     int64_t n_values = args->n_rows * args->n_heads * args->head_dim;
-    TRY(execute(dnn, plan, launch, args, (uint16_t *)args->out + n_values));
+    const uint8_t *k = (const uint8_t *)args->kv, *v = k + dtype_bytes(args->dtype, args->n * args->head_dim);
+    TRY(execute(dnn, plan, launch, args->q, k, v, args->scale, (uint16_t *)args->out + n_values));
     TRY(widen(launch, args->dtype, args->out, n_values));
+    *done = true;
+    return STATUS_OK;
+}
+
+int cuda_dnn_decode(const struct cuda_launch *launch, const struct peer_attention *args, bool *done) {
+    struct cuda_dnn *dnn = launch->dnn;
+    int group = args->n_heads / args->n_kv_heads;
+    enum cudaStreamCaptureStatus capture;
+    *done = false;
+    if (!dnn || !is_ready(dnn))
+        return STATUS_OK;
+    struct dnn_shape shape = {.n_rows = args->grouped ? group : 1, .n_keys = args->n, .n = args->n,
+                              .n_heads = args->grouped ? args->n_kv_heads : args->n_heads, .n_kv_heads = args->n_kv_heads,
+                              .head_dim = args->head_dim, .dtype = (int32_t)args->dtype, .decode = 1, .batch = args->batch};
+    struct dnn_plan *plan = plan_recall(dnn, &shape);
+    cudaError_t error = cudaStreamIsCapturing((cudaStream_t)launch->stream, &capture);
+    if (error != cudaSuccess)
+        FAIL(STATUS_FAILED, "CUDA: cuDNN's attention: is the stream captured: %s", cudaGetErrorString(error));
+    if (!plan && capture != cudaStreamCaptureStatusNone)
+        FAIL(STATUS_USAGE, "cuDNN's attention over %lld keys: the first call of a shape cannot be recorded", (long long)args->n);
+    if (!plan)
+        TRY(plan_find(dnn, &shape, (cudaStream_t)launch->stream, &plan));
+    if (!plan->plan)
+        return STATUS_OK;
+    TRY(execute(dnn, plan, launch, args->q, args->k, args->v, args->scale, args->out));
     *done = true;
     return STATUS_OK;
 }
@@ -545,6 +591,11 @@ bool cuda_dnn_pays(const struct attend_exact_args *args) {
     return false;
 }
 int cuda_dnn_attend(const struct cuda_launch *launch, const struct attend_exact_args *args, bool *done) {
+    (void)launch, (void)args;
+    *done = false;
+    return STATUS_OK;
+}
+int cuda_dnn_decode(const struct cuda_launch *launch, const struct peer_attention *args, bool *done) {
     (void)launch, (void)args;
     *done = false;
     return STATUS_OK;

@@ -87,6 +87,11 @@ static void check_admit(struct model *m) {
     struct slot *slot = &m->slot[p->seq];
     *slot = (struct slot){.used = true, .sequence = m->s.slots[p->seq]};
     CHECK(slot->sequence->slot == p->seq && p->n_prompt == slot->sequence->request.n_prompt, "admission of slot %d", p->seq);
+    if (m->s.limits.assume_prompts) { /* the last prompt token's row is still to come */
+        slot->length = p->n_prompt - 1;
+        for (int64_t block = 0; slot->length > 0 && block < cache_n_flushed(&m->s.limits.layout, slot->length - 1); block++)
+            take_page(m, slot, block);
+    }
     int offset = slot->sequence->owner_offset;
     CHECK(offset >= 0 && offset < m->s.limits.cp_size, "offset %d", offset);
     m->admitted = slot->sequence->state == SEQUENCE_LAYERS ? p->seq : -1;
@@ -329,7 +334,8 @@ static void check_crowd(uint64_t seed) {
     uint64_t state = seed << 32;
     struct scheduler_limits limits = {.max_seqs = 1 + pick(&state, MOST_SEQS), .chunk_rows = chunks[pick(&state, 3)],
                                       .cp_size = 1 + pick(&state, MOST_CP), .n_pages = 3 + pick(&state, 5),
-                                      .layout = {.window_blocks = pick(&state, 3)}, .random_offsets = pick(&state, 2), .seed = seed};
+                                      .layout = {.window_blocks = pick(&state, 3)}, .random_offsets = pick(&state, 2), .seed = seed,
+                                      .assume_prompts = pick(&state, 4) == 0};
     int added = 0, left = PLANS;
     bool busy = true;
     model_init(&m, limits, r, CROWD);
@@ -337,7 +343,7 @@ static void check_crowd(uint64_t seed) {
         if (added < CROWD && (!busy || pick(&state, 12) == 0)) {
             struct request *q = &r[added];
             *q = (struct request){.n_prompt = 1 + pick(&state, MOST_PROMPT), .max_tokens = pick(&state, 4) ? pick(&state, 200) : 0,
-                                  .prompt_logprobs = pick(&state, 3) - 1, .prefill = (enum engine_prefill)pick(&state, 2), .stop_after = -1};
+                                  .prompt_logprobs = limits.assume_prompts ? -1 : pick(&state, 3) - 1, .prefill = (enum engine_prefill)pick(&state, 2), .stop_after = -1};
             if (q->max_tokens > 1 && pick(&state, 2))
                 q->stop_after = 1 + pick(&state, q->max_tokens);
             if (!scheduler_could_hold(&m.s, q->n_prompt + q->max_tokens))

@@ -230,6 +230,11 @@ static void check_record(const char *name, uint64_t seed) {
     REQUIRE(stream_zero(s[0], list, sizeof host)); /* what lies in memory may change between replays */
     REQUIRE(graph_replay(graph));
     read_list(s[0], list, host, 3);
+    double seconds[5] = {0};
+    REQUIRE(graph_time(graph, s[0], 5, seconds)); /* and one replay before the first */
+    read_list(s[0], list, host, 3 * 7);
+    for (int i = 0; i < 5; i++)
+        CHECK(seconds[i] > 0, "%s: replay %d took %g s", name, i, seconds[i]);
     graph_close(graph);
     for (int i = 0; i < 2; i++) {
         event_close(e[i]);

@@ -336,6 +336,27 @@ static void check_rows(struct rig *rig, int cp, int64_t n, int64_t width) {
     rig_drop(rig, 0);
 }
 
+/* ---- fill_random ---------------------------------------------------------------------------------------------------------- */
+
+static int again_fill(struct stream *stream, const void *args) { return op_fill_random(stream, args); }
+
+static void check_fill(struct rig *rig, enum dtype dtype, int64_t n_rows, int64_t n_columns, float low, float high) {
+    struct twin data = rig_make(rig, dtype_bytes(dtype, n_rows * n_columns), NULL);
+    struct fill_random_args args;
+    for (int side = 0; side < RIG_SIDES; side++) {
+        args = (struct fill_random_args){.data = data.at[side], .dtype = dtype, .n_rows = n_rows, .n_columns = n_columns,
+                                         .first = 3 + ((int64_t)1 << 40), .stride = (int64_t)1 << 32, .seed = 0xfedcba9876543210u, .low = low,
+                                         .high = high};
+        REQUIRE(op_fill_random(rig->stream[side], &args));
+    }
+    char what[100];
+    snprintf(what, sizeof what, "fill_random %s, %lld rows of %lld, %g to %g", dtype_name(dtype), (long long)n_rows, (long long)n_columns,
+             (double)low, (double)high);
+    rig_expect_equal(rig, &data, what);
+    rig_expect_repeat(rig, &data, again_fill, &args, what);
+    rig_drop(rig, 0);
+}
+
 /* What a GPU cannot do is said before anything is launched; the words name it. */
 static void check_refusals(struct rig *rig) {
     struct twin memory = rig_make(rig, 4096, NULL);
@@ -397,6 +418,14 @@ int main(void) {
                 check_rows(&rig, cp, n, width);
     check_rows(&rig, 3, 1000, 1028); /* two slices of float4 */
     check_rows(&rig, 2, 301, 577);   /* three of float */
+    for (int t = 0; t < N_DTYPES; t++) {
+        check_fill(&rig, dtypes[t], 0, 7, -1, 1);
+        check_fill(&rig, dtypes[t], 1, 1, -1, 1);
+        check_fill(&rig, dtypes[t], 3, 255, -0.035f, 0.035f);
+        check_fill(&rig, dtypes[t], 2, 257, 0.9f, 1.1f);
+        check_fill(&rig, dtypes[t], 5000, 64, -1.732f, 1.732f); /* more rows than blocks */
+        check_fill(&rig, dtypes[t], 1, 100001, 0, 1);
+    }
     check_refusals(&rig);
     rig_close(&rig);
     return test_report();

@@ -193,6 +193,37 @@ static void check_rope(int d, enum dtype dtype) {
     }
 }
 
+/* Values of a slice are those of the whole, in range, each type rounded from the same float, and nothing lies beside. */
+static void check_fill(int64_t n_rows, int64_t n_columns) {
+    enum { COLUMNS = 700, ROWS = 40 };
+    static float whole[ROWS * COLUMNS], slice[ROWS * COLUMNS + 1];
+    static uint16_t half[ROWS * COLUMNS + 1];
+    struct fill_random_args args = {.data = whole, .dtype = DTYPE_F32, .n_rows = ROWS, .n_columns = COLUMNS, .stride = COLUMNS, .seed = 7,
+                                    .low = -0.5f, .high = 2};
+    int64_t n = n_rows * n_columns, row = ROWS - n_rows, column = COLUMNS - n_columns;
+    cpu_fill_random(&args);
+    double sum = 0;
+    for (int i = 0; i < ROWS * COLUMNS; i++) {
+        CHECK(whole[i] >= -0.5f && whole[i] <= 2, "value %d is %g", i, (double)whole[i]);
+        sum += (double)whole[i];
+    }
+    CHECK(fabs(sum / (ROWS * COLUMNS) - 0.75) < 5 * 2.5 / sqrt(12.0 * ROWS * COLUMNS), "mean %g", sum / (ROWS * COLUMNS));
+    slice[n] = 99;
+    half[n] = 0x7777;
+    args = (struct fill_random_args){.data = slice, .dtype = DTYPE_F32, .n_rows = n_rows, .n_columns = n_columns,
+                                     .first = row * COLUMNS + column, .stride = COLUMNS, .seed = 7, .low = -0.5f, .high = 2};
+    cpu_fill_random(&args);
+    args.data = half;
+    args.dtype = DTYPE_BF16;
+    cpu_fill_random(&args);
+    for (int64_t i = 0; i < n; i++) {
+        float expected = whole[(row + i / n_columns) * COLUMNS + column + i % n_columns];
+        CHECK(slice[i] == expected && half[i] == dtype_to_bf16(expected), "value %lld is %g, expected %g", (long long)i, (double)slice[i],
+              (double)expected);
+    }
+    CHECK(slice[n] == 99 && half[n] == 0x7777, "written beyond %lld rows of %lld", (long long)n_rows, (long long)n_columns);
+}
+
 int main(void) {
     static const int sizes[] = {1, 3, 15, 16, 17, 64, 576, 1001, 8192};
     check_exp();
@@ -205,6 +236,11 @@ int main(void) {
             check_silu_mul(sizes[i], rows + 1);
             check_add(rows + 1, sizes[i]);
         }
+    check_fill(0, 5);
+    check_fill(1, 1);
+    check_fill(3, 255);
+    check_fill(40, 257);
+    check_fill(40, 700);
     for (int d = 64; d <= 128; d += 64) {
         check_rope(d, DTYPE_F32);
         check_rope(d, DTYPE_F16);

@@ -7,7 +7,6 @@ set -uo pipefail
 kvlinc=$1
 mpirun=${2:-}
 ranks=${3:-1}
-[ -n "${KVLINC_TEST_MODEL:-}" ] || { echo "test_bench.sh: KVLINC_TEST_MODEL is not set" >&2; exit 77; }
 work=$(mktemp --directory)
 trap 'rm -rf "$work"' EXIT
 start=("$kvlinc")
@@ -16,6 +15,62 @@ export KVLINC_QUIET=1 OMP_NUM_THREADS=1
 
 fail() { echo "test_bench.sh: $1" >&2; cat "$work/output" "$work/errors" >&2; exit 1; }
 
+# Without a model: a shape, made-up weights, a cache of random pages; contexts and batches that do not fit are named and left out.
+shape=$(dirname "$0")/shape.conf
+"${start[@]}" bench decode --model "$shape" --random-weights --caches fp16,kvlinc --contexts 300,64K --batches 1,3 --steps 3 --repeats 1 \
+    --cache-memory 8M --csv "$work/random.csv" >"$work/output" 2>"$work/errors" </dev/null || fail "bench with random weights failed"
+python3 - "$work/random.csv" "$ranks" <<'PYTHON' || fail "the rows with random weights are not as they should be"
+import csv, sys
+with open(sys.argv[1], newline="") as file:
+    rows = {(row["cache"], int(row["batch"]), int(row["tokens"])): row for row in csv.DictReader(file) if row["section"] == "decode"}
+fit = {("fp16", 1, 300), ("fp16", 3, 300), ("kvlinc", 1, 300), ("kvlinc", 3, 300)}
+left_out = {("fp16", 1, 65536), ("kvlinc", 3, 65536)}
+(fit if int(sys.argv[2]) > 1 else left_out).add(("kvlinc", 1, 65536)) # 10 MiB of pages, 8 MiB on each rank
+if int(sys.argv[2]) == 1: # not one sequence of that length: its batch of 3 is not tried
+    left_out.discard(("kvlinc", 3, 65536))
+assert set(rows) == fit | left_out, rows.keys()
+for key, row in rows.items():
+    assert (row["ms"] == "") == (key in left_out) == row["note"].startswith("left out: "), row
+    if key in fit:
+        assert row["unit"] == "tokens/s" and abs(float(row["rate"]) * float(row["ms"]) / 1000 / key[1] - 1) < 1e-6, row
+        assert float(row["bytes"]) > 2 * 800e3 and row["of"] == "read" and float(row["share"]) > 0, row # 16 bits of 0.8M parameters
+assert "does not fit" in rows["fp16", 1, 65536]["note"], rows
+assert all(float(rows[c, 1, 300]["bytes"]) < float(rows[c, 3, 300]["bytes"]) for c in ("fp16", "kvlinc")), rows
+PYTHON
+"${start[@]}" bench decode --model "$shape" --repeats 1 >"$work/output" 2>"$work/errors" </dev/null
+[ $? = 2 ] || fail "a shape without --random-weights: the exit code is not 2"
+grep --quiet -- "--random-weights" "$work/errors" || fail "a shape without --random-weights: the message does not name the option"
+
+# Attention and collectives by themselves, without a model. Results are checked by the program: a wrong one is a failure.
+"${start[@]}" bench attention --heads 6 --kv-heads 2 --head-dim 64 --contexts 1,129,1000 --batches 1,2 --caches kvlinc,k4v4 --steps 2 --repeats 1 \
+    --csv "$work/attention.csv" >"$work/output" 2>"$work/errors" </dev/null || fail "bench attention failed"
+python3 - "$work/attention.csv" <<'PYTHON' || fail "the rows of attention are not as they should be"
+import csv, sys
+with open(sys.argv[1], newline="") as file:
+    rows = [row for row in csv.DictReader(file) if row["section"] == "attention"]
+expected = {(item, cache, batch, tokens) for cache, last in (("fp16", "attend"), ("kvlinc", "attend, correct"), ("k4v4", "attend"))
+            for item in ("to the output", last) for batch in ("1", "2") for tokens in ("1", "129", "1000")}
+assert {(row["item"], row["cache"], row["batch"], row["tokens"]) for row in rows} == expected and len(rows) == len(expected), rows
+for row in rows:
+    assert float(row["best_ms"]) <= float(row["ms"]) and row["of"] == "read" and " us" in row["note"], row
+    assert ("16 bit" in row["note"]) == (row["cache"] != "fp16"), row
+of = {(row["cache"], row["batch"], row["tokens"]): float(row["bytes"]) for row in rows}
+assert of["fp16", "1", "1000"] == 1000 * 2 * 2 * 2 * 64 and of["fp16", "2", "129"] == 2 * 129 * 2 * 2 * 2 * 64, of
+assert of["k4v4", "1", "1000"] == 6 * 2 * (128 * 64 + 4 * 64 + 4 * 128) + (1000 - 6 * 128) * 2 * 2 * 2 * 64, of
+PYTHON
+"${start[@]}" bench attention --caches bf16 --contexts 1 --steps 1 --repeats 1 >"$work/output" 2>"$work/errors" </dev/null
+[ $? = 2 ] || fail "bench attention with a cache of other blocks: the exit code is not 2"
+code=0
+"${start[@]}" bench collective --steps 2 --repeats 1 --csv "$work/collective.csv" >"$work/output" 2>"$work/errors" </dev/null || code=$?
+if [ "$ranks" -gt 1 ]; then
+    [ "$code" = 0 ] || fail "bench collective failed"
+    [ "$(grep --count '^collective,' "$work/collective.csv")" = 18 ] || fail "bench collective has not its 18 rows"
+else
+    [ "$code" = 2 ] || fail "bench collective on one rank: the exit code is not 2"
+    grep --quiet "two ranks" "$work/errors" || fail "bench collective on one rank does not say what it needs"
+fi
+
+[ -n "${KVLINC_TEST_MODEL:-}" ] || { echo "test_bench.sh: KVLINC_TEST_MODEL is not set" >&2; exit 77; }
 "${start[@]}" bench --model "$KVLINC_TEST_MODEL" --caches kivi,kvlinc --contexts 20,300 --batches 1,2 --prompts 40,270 --steps 2 --repeats 1 \
     --profile --csv "$work/rows.csv" >"$work/output" 2>"$work/errors" </dev/null || fail "bench failed"
 

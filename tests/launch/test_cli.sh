@@ -30,7 +30,7 @@ prints() { grep --quiet --fixed-strings -- "$1" "$work/output" || { cat "$work/o
 check "--version" exits 0 "$kvlinc" --version
 check "... is printed" prints "kvlinc "
 check "--help" exits 0 "$kvlinc" --help
-for command in generate batch inspect; do
+for command in generate batch inspect plan; do
     check "... lists $command" prints "    $command "
     check "$command --help" exits 0 "$kvlinc" $command --help
     check "... is printed" prints "--model PATH"

@@ -11,7 +11,7 @@
 
 enum { MAX_ARGUMENTS = 64 };
 
-static const enum options_command ALL[] = {OPTIONS_GENERATE, OPTIONS_BATCH, OPTIONS_INSPECT, OPTIONS_BENCH};
+static const enum options_command ALL[] = {OPTIONS_GENERATE, OPTIONS_BATCH, OPTIONS_INSPECT, OPTIONS_BENCH, OPTIONS_PLAN};
 enum { N_ALL = sizeof ALL / sizeof ALL[0] };
 
 /* Arguments up to NULL; the caller frees the options. */

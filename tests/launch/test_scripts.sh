@@ -46,11 +46,14 @@ describe() { # describe NAME SHA256 WHEEL2
 describe good "$sum" part2==1.0
 describe bad "${sum/[0-9a-f]/z}" part2==1.0
 describe absent "$sum" part3==1.0
+printf 'shape = llama\nhidden = 64\n' >"$work/models/form.conf"
 n_fetched() { wc -l <"$work/fetched"; }
 
 check "an unknown name is a usage error" exits 2 model nothing "$work/cache"
 check "... that lists the known" said "unknown model 'nothing'; known: absent bad good"
 check "a path is no name" exits 2 model ../models/good "$work/cache"
+check "a shape is a usage error" exits 2 model form "$work/cache"
+check "... that says what it is for" said "form is a shape for kvlinc bench --random-weights"
 check "no name is a usage error" exits 2 model
 check "nothing is made for them" test ! -e "$work/cache"
 
@@ -93,6 +96,10 @@ KVLINC_CACHE=$work/own check "KVLINC_CACHE wins" exits 0 model good
 check "... over XDG" test "$(cat "$work/output")" = "$work/own/good.gguf"
 
 for conf in "$root"/configs/models/*.conf; do
+    if grep --quiet '^shape = ' "$conf"; then # test_model_shape reads these
+        check "$conf has nothing to fetch" exits 1 grep --extended-regexp '^(wheels|parts|file|sha256) *=' "$conf"
+        continue
+    fi
     check "$conf names a checksum" grep --quiet --extended-regexp '^sha256 = [0-9a-f]{64}$' "$conf"
     check "$conf has a part for each wheel" test "$(sed -n 's/^wheels = //p' "$conf" | wc -w)" = "$(sed -n 's/^parts = //p' "$conf" | wc -w)"
 done
