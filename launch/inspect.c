@@ -260,18 +260,6 @@ static int describe_model(const struct options *options, const struct model_file
     return describe_layout(options, config, facts);
 }
 
-static int print_facts(const struct options *options, const json_t *facts) {
-    if (options->json)
-        json_dumpf(facts, stdout, JSON_INDENT(2) | JSON_REAL_PRECISION(9));
-    else
-        print_json_text(stdout, facts);
-    if (options->json)
-        putchar('\n');
-    if (fflush(stdout) != 0 || ferror(stdout))
-        FAIL(STATUS_FAILED, "standard output: %s", strerror(errno));
-    return STATUS_OK;
-}
-
 int inspect_main(const struct options *options) {
     int status = STATUS_OK;
     struct model_file *file = NULL;
@@ -283,7 +271,7 @@ int inspect_main(const struct options *options) {
         TRY_GOTO(describe_model(options, file, facts));
     }
     TRY_GOTO(describe_calibration(options->engine.calibration, facts));
-    TRY_GOTO(print_facts(options, facts));
+    TRY_GOTO(print_json_facts(options->json, facts));
 fail:
     model_file_close(file);
     json_decref(facts);

@@ -2,7 +2,6 @@
  * facts and prints it as JSON or as text. */
 #include "launch/plan.h"
 
-#include <errno.h>
 #include <jansson.h>
 #include <math.h>
 #include <stdio.h>
@@ -334,18 +333,6 @@ static int put_answer(const struct plan *p, json_t *facts) {
 
 /* ---- the command ----------------------------------------------------------------------------------------------------- */
 
-static int print_facts(const struct options *options, const json_t *facts) {
-    if (options->json)
-        json_dumpf(facts, stdout, JSON_INDENT(2) | JSON_REAL_PRECISION(9));
-    else
-        print_json_text(stdout, facts);
-    if (options->json)
-        putchar('\n');
-    if (fflush(stdout) != 0 || ferror(stdout))
-        FAIL(STATUS_FAILED, "standard output: %s", strerror(errno));
-    return STATUS_OK;
-}
-
 static int fail_fit(const struct plan *p, int gpus, const struct cost_job *job) {
     const struct layout *least = &p->layouts[0];
     char units[UNITS_TEXT];
@@ -370,7 +357,7 @@ static int answer(const struct plan *p, json_t *facts) {
         gpus = smallest_gpus(p, &job);
         TRY(put(facts, "smallest_gpus", gpus ? json_integer(gpus) : json_null()));
     }
-    TRY(print_facts(p->options, facts));
+    TRY(print_json_facts(p->options->json, facts));
     return p->best ? STATUS_OK : fail_fit(p, gpus, &job);
 }
 

@@ -2,6 +2,7 @@
  * a table whose columns are the first object's members. */
 #include "launch/print_json.h"
 
+#include <errno.h>
 #include <jansson.h>
 #include <string.h>
 
@@ -111,4 +112,16 @@ void print_json_text(FILE *stream, const struct json_t *object) {
     if (copy)
         print_members(stream, copy, 0);
     json_decref(copy);
+}
+
+int print_json_facts(bool json, const struct json_t *facts) {
+    if (json)
+        json_dumpf(facts, stdout, JSON_INDENT(2) | JSON_REAL_PRECISION(9));
+    else
+        print_json_text(stdout, facts);
+    if (json)
+        putchar('\n');
+    if (fflush(stdout) != 0 || ferror(stdout))
+        FAIL(STATUS_FAILED, "standard output: %s", strerror(errno));
+    return STATUS_OK;
 }

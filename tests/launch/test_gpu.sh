@@ -128,13 +128,6 @@ assert a == b, [key for key in a if a[key] != b[key]]
 PYTHON
 
 # ---- a rank that is stopped, a rank that is killed
-rank() { # number: its process
-    local pid
-    for pid in $(processes); do
-        [ "$(readlink "/proc/$pid/exe")" = "$kvlinc" ] || continue
-        tr '\0' '\n' <"/proc/$pid/environ" | grep -qx "OMPI_COMM_WORLD_RANK=$1" && echo "$pid"
-    done 2>/dev/null
-}
 if [ "$ranks" -gt 1 ]; then
     for signal in STOP KILL; do
         rm -f "$work/$signal"

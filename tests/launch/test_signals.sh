@@ -15,13 +15,6 @@ done
 work=$(mktemp --directory)
 # shellcheck source=tests/launch/job.sh
 source "$(dirname "${BASH_SOURCE[0]}")/job.sh"
-rank() { # number: its process
-    local pid
-    for pid in $(processes); do
-        [ "$(readlink "/proc/$pid/exe")" = "$kvlinc" ] || continue
-        tr '\0' '\n' <"/proc/$pid/environ" | grep -qx "OMPI_COMM_WORLD_RANK=$1" && echo "$pid"
-    done 2>/dev/null
-}
 waits=240 # quarters of a second, for everything that is waited for
 until_true() {
     local i
