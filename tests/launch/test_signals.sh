@@ -73,7 +73,7 @@ batch
 until_true works
 kill -STOP "$(rank 0)"
 ends "rank 0 is stopped" 1 14
-says "rank 0 .* does not answer.* wait in '.*at step [0-9]"
+says "rank 0 .* does not answer.* waits? in '.*at step [0-9]"
 rows || fail "the output after rank 0 was stopped"
 rm -f "$work/out.jsonl"
 
