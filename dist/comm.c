@@ -315,10 +315,7 @@ struct verdict {
 };
 
 static struct verdict own_verdict(int status) {
-    struct verdict v = {status < 0 ? status : STATUS_OK, BASE_HASH};
-    for (const char *c = status < 0 ? base_error() : ""; *c; c++)
-        v.text = base_hash(v.text, (unsigned char)*c);
-    return v;
+    return (struct verdict){status < 0 ? status : STATUS_OK, base_hash_text(status < 0 ? base_error() : "")};
 }
 
 /* Of two failures the one nearer to the top of the list of codes is worse: a rank that was told to stop must not hide

@@ -15,7 +15,7 @@ static int choose_auto(struct comm *world, const struct place *place, const stru
     least[1] = least[0] >= place->local_size; /* or one each, made visible by the launcher */
     least[1] |= least[0] == 1;
     TRY(comm_reduce_host(world, "choosing the device", least, 2, COMM_MIN));
-    if (least[0] == 0 && !is(request->comm, "nccl"))
+    if (least[0] == 0)
         return STATUS_OK;
     if (is(request->comm, "mpi") && comm_size(world) > 1)
         why = "comm mpi";

@@ -157,24 +157,17 @@ static const float MADE_UP_RANGE = 0.035f; /* standard deviation 0.02, as such m
 static const float MADE_UP_NORM = 0.1f;    /* norm weights: 1 +- this */
 #define MADE_UP_STRIDE ((int64_t)1 << 32)  /* between rows: more than any has columns */
 
-static uint64_t name_seed(const char *name) {
-    uint64_t seed = BASE_HASH;
-    for (const char *c = name; *c; c++)
-        seed = base_hash(seed, (unsigned char)*c);
-    return seed;
-}
-
 static int make_up_part(const struct loader *l, const char *name, const struct part *p, void *to) {
     return op_fill_random(l->stream, &(struct fill_random_args){.data = to, .dtype = l->dtype, .n_rows = p->n_rows,
                                                                 .n_columns = p->n_columns, .first = p->row * MADE_UP_STRIDE + p->column,
-                                                                .stride = MADE_UP_STRIDE, .seed = name_seed(name),
+                                                                .stride = MADE_UP_STRIDE, .seed = base_hash_text(name),
                                                                 .low = -MADE_UP_RANGE, .high = MADE_UP_RANGE});
 }
 
 static int make_up_vector(const struct loader *l, const char *name, int64_t from, int64_t n, float *to) {
     bool norm = strstr(name, "norm.weight");
     return op_fill_random(l->stream, &(struct fill_random_args){.data = to, .dtype = DTYPE_F32, .n_rows = 1, .n_columns = n, .first = from,
-                                                                .seed = name_seed(name),
+                                                                .seed = base_hash_text(name),
                                                                 .low = norm ? 1 - MADE_UP_NORM : -MADE_UP_RANGE,
                                                                 .high = norm ? 1 + MADE_UP_NORM : MADE_UP_RANGE});
 }

@@ -88,6 +88,12 @@ int base_alloc(void *pointer, size_t n, size_t size);
 /* FNV-1a: begin with BASE_HASH and mix in one byte or word after the other. For choices and comparisons, not for secrets. */
 #define BASE_HASH 14695981039346656037u
 static inline uint64_t base_hash(uint64_t hash, uint64_t word) { return (hash ^ word) * 1099511628211u; }
+static inline uint64_t base_hash_text(const char *text) {
+    uint64_t hash = BASE_HASH;
+    for (; *text; text++)
+        hash = base_hash(hash, (unsigned char)*text);
+    return hash;
+}
 
 HOST_DEVICE static inline int64_t min_i64(int64_t a, int64_t b) { return a < b ? a : b; }
 HOST_DEVICE static inline int64_t max_i64(int64_t a, int64_t b) { return a > b ? a : b; }
