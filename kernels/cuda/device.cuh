@@ -35,17 +35,23 @@ template <> __device__ inline __half device_narrow<__half>(float x) { return __f
 template <> __device__ inline __nv_bfloat16 device_narrow<__nv_bfloat16>(float x) { return __float2bfloat16_rn(x); }
 template <> __device__ inline float device_narrow<float>(float x) { return x; }
 
-/* A kernel that is launched by launch_early may begin while the one in front of it ends: it waits here before it reads what others wrote.
- * Launched otherwise, this does nothing. */
+/* Programmatic dependent launch. A kernel that is launched by launch_early is brought up while the one in front of it still runs. Every
+ * thread block of it calls wait_for_earlier before it ends, and before it reads what the kernel in front writes or writes what that one
+ * reads. It calls let_later_begin after that, never before: so a kernel knows, even before it waits, that everything older than the
+ * one right in front of it is done. Launched otherwise, both do nothing. */
 __device__ static inline void wait_for_earlier(void) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
+__device__ static inline void let_later_begin(void) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
 
 #ifdef __CUDACC__
-/* Launches a kernel that calls wait_for_earlier first: its blocks are brought up while the kernel in front of it still runs (programmatic
- * dependent launch; devices before 9.0 launch it as any other). */
+/* Launches a kernel that keeps to these rules. Devices before 9.0 launch it as any other. */
 template <typename... P, typename... A>
 static inline cudaError_t launch_early(const struct cuda_launch *launch, void (*kernel)(P...), dim3 grid, unsigned threads, size_t shared,
                                        const A &...args) {
