@@ -104,10 +104,15 @@ static int attention(struct forward *f, int layer, int n) {
                                                  .write_table = layer == 0}));
     TRY(op_append(r->stream, &(struct append_args){.in = f->input, .params = c->params, .layout = c->layout, .layer = *cl,
                                                    .k = f->k, .v = f->v}));
-    TRY(op_attend(r->stream, &(struct attend_args){.in = f->input, .n_rows = n, .params = c->params, .layout = c->layout, .layer = *cl,
-                                                   .page_table = c->page_table, .table_stride = c->table_stride,
-                                                   .n_heads = rank_n_heads(r), .scale = rank_score_scale(r), .q = f->q,
-                                                   .partial = partial, .stride = stride}));
+    struct attend_args attend = {.in = f->input, .n_rows = n, .params = c->params, .layout = c->layout, .layer = *cl,
+                                 .page_table = c->page_table, .table_stride = c->table_stride, .n_heads = rank_n_heads(r),
+                                 .scale = rank_score_scale(r), .q = f->q, .partial = partial, .stride = stride};
+    bool is_alone = comm_size(r->merge.comm) == 1;
+    if (f->decodes) {
+        TRY(op_attend_step(r->stream, &(struct attend_step_args){attend, is_alone ? f->attention : NULL}));
+        return is_alone ? STATUS_OK : merge_run(&r->merge, r->stream, n, live, correction, f->attention);
+    }
+    TRY(op_attend(r->stream, &attend));
     if (correction)
         TRY(op_correct(r->stream, &(struct correct_args){.in = f->input, .n_rows = n, .layout = c->layout, .layer = *cl,
                                                          .n_heads = rank_n_heads(r), .q = f->q, .partial = partial, .stride = stride}));
@@ -165,6 +170,7 @@ static int upload(struct forward *f, const struct step_input *input) {
 }
 
 int forward_begin(struct forward *f, const struct step_input *input, int n) {
+    f->decodes = false;
     TRY(upload(f, input));
     return embed(f, n);
 }
@@ -228,6 +234,7 @@ struct part {
 };
 
 static int launch_part(struct forward *f, const struct step_plan *plan, struct part part) {
+    f->decodes = part.body && part.head;
     if (part.body)
         TRY(launch_body(f, plan->rows_bucket));
     return part.head ? launch_head(f, plan->logits_bucket, plan->sample_bucket, plan->filters, plan->top) : STATUS_OK;

@@ -13,6 +13,7 @@ enum { FORWARD_BUCKETS = 10 }; /* 0, 1, 2, 4, ..., 256 */
 struct forward {
     struct rank *rank;
     int max_rows, max_sample;
+    bool decodes; /* what is launched now: a step of which (nearly) every row is a sequence of its own */
     /* device */
     struct step_input *input;
     int32_t *tokens, *positions;

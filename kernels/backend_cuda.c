@@ -295,6 +295,7 @@ static int keep(struct cuda_stream *s, int status) {
 static int enter(struct cuda_stream *s) {
     TRY(kept_failure(s));
     TRY(use_device(backend_of(s->base.backend)));
+    s->launch.previous = OP_COUNT;
     return join_recording(s);
 }
 
@@ -331,9 +332,13 @@ static int cuda_graph_n_nodes(const struct graph *graph) { return (int)((const s
 
 static int cuda_launch_op(struct stream *stream, int op, const void *args, size_t args_bytes) {
     struct cuda_stream *s = stream_of(stream);
+    int previous = s->launch.previous;
     (void)args_bytes;
     TRY(enter(s));
-    return keep(s, launchers[op](&s->launch, args));
+    s->launch.previous = previous;
+    int status = launchers[op](&s->launch, args);
+    s->launch.previous = op;
+    return keep(s, status);
 }
 
 static int cuda_call(struct stream *stream, int (*function)(void *), const void *args, size_t args_bytes) {
@@ -532,6 +537,7 @@ static void cuda_stream_close(struct stream *stream) {
     if (s->join)
         (void)cudaEventDestroy(s->join);
     backend_free(&b->base, s->launch.scratch);
+    backend_free(&b->base, s->launch.counters);
     if (b->streams[s->index] == s)
         b->streams[s->index] = NULL;
     free(s);
@@ -542,6 +548,8 @@ static int stream_make(struct cuda_backend *b, struct cuda_stream *s) {
     TRY_CUDA(cudaStreamCreateWithFlags(&s->stream, cudaStreamNonBlocking), "making a stream");
     TRY_CUDA(cudaEventCreateWithFlags(&s->join, cudaEventDisableTiming), "making a stream");
     TRY(backend_alloc(&b->base, MEMORY_WORKSPACE, CUDA_SCRATCH_BYTES, &s->launch.scratch));
+    TRY(backend_alloc(&b->base, MEMORY_WORKSPACE, CUDA_COUNTERS * sizeof *s->launch.counters, &s->launch.counters));
+    s->launch.previous = OP_COUNT;
     s->launch.stream = s->stream;
     s->launch.n_sms = b->n_sms;
     s->launch.architecture = b->device.architecture;

@@ -132,6 +132,7 @@ HOST_DEVICE static inline int partial_tail(int head_dim, bool correction) { retu
     X(flush)            \
     X(append)           \
     X(attend)           \
+    X(attend_step)      \
     X(correct)          \
     X(merge_max)        \
     X(merge_rescale)    \
@@ -261,6 +262,13 @@ struct attend_args {
     const void *q; /* [n_rows][n_heads][d], window dtype */
     float *partial; /* [n_rows][n_heads][stride] */
     int stride;
+};
+
+/* A step in which every row is its own sequence: attend, correct where the layer has states, and with `out` the merge of one rank; in one go
+ * where the backend can. With `out` what is left of `partial` is undefined. */
+struct attend_step_args {
+    struct attend_args attend;
+    float *out; /* [n_rows][n_heads * d], padding: 0, rows from in->n_rows on: anything; NULL: records in attend.partial */
 };
 
 /* C_n = phi_q(q) S, C_d = phi_q(q).P from this rank's states into the records; phi(x) = [softmax(x W1), softmax(x W2)], q unscaled. */

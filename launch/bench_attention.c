@@ -192,14 +192,8 @@ static int launch(const struct load *l, int index) {
     struct cache_layer layer = layer_of(l, index % l->n_copies);
     float *partial = l->partial + (int64_t)index * l->batch * s->n_heads * l->stride;
     float *out = l->out + (int64_t)index * l->batch * s->n_heads * s->head_dim;
-    TRY(op_attend(stream, &(struct attend_args){l->in, l->batch, l->params, layout, layer, l->table, l->n_pages, s->n_heads, s->scale, l->q,
-                                                partial, l->stride}));
-    if (l->cache->correction)
-        TRY(op_correct(stream, &(struct correct_args){l->in, l->batch, layout, layer, s->n_heads, l->q, partial, l->stride}));
-    if (l->merge)
-        TRY(op_merge_gather(stream, &(struct merge_gather_args){l->batch, NULL, s->n_heads, s->head_dim, l->cache->correction, partial, 1,
-                                                                out}));
-    return STATUS_OK;
+    struct attend_args args = {l->in, l->batch, l->params, layout, layer, l->table, l->n_pages, s->n_heads, s->scale, l->q, partial, l->stride};
+    return op_attend_step(stream, &(struct attend_step_args){args, l->merge ? out : NULL});
 }
 
 static int enqueue(void *context) {
@@ -254,39 +248,44 @@ static void see(const struct load *l, int64_t row, struct attention_seen *seen) 
     seen->window_end = l->tokens;
 }
 
-/* One head: sums, maximum and correction of the record, and the output made of them. */
-static double head_error(const struct load *l, int64_t row, int head, const struct attention_seen *seen, const float *record,
-                         const float *out) {
-    struct attention_answer answer;
+/* One head: sums, maximum and correction of its record. */
+static double record_error(const struct load *l, int64_t row, int head, const struct attention_answer *answer, const float *record) {
     const int d = l->data->shape.head_dim, tail = partial_tail(d, l->cache->correction);
     const float m = record[tail], sum = record[tail + 1];
     float y[KV_MAX_HEAD_DIM];
-    double c_n[KV_MAX_HEAD_DIM] = {0}, c_d = 0, error;
-    attention_answer(l->data, l->cache->decoded, seen, row, head, &answer);
+    double c_n[KV_MAX_HEAD_DIM], c_d;
     for (int c = 0; c < d; c++)
         y[c] = record[c] / sum;
-    error = worse(difference(y, answer.out, d), fabs((double)m + log((double)sum) - answer.log_sum));
-    if (l->cache->correction) {
-        attention_correction(l->data, row, head, c_n, &c_d);
-        error = worse(error, worse(difference(record + d, c_n, d), fabs((double)record[tail + 2] - c_d) / c_d));
-    }
-    if (!l->merge)
+    double error = worse(difference(y, answer->out, d), fabs((double)m + log((double)sum) - answer->log_sum));
+    if (!l->cache->correction)
         return error;
-    double whole = exp(answer.log_sum - answer.max), expected[KV_MAX_HEAD_DIM];
+    attention_correction(l->data, row, head, c_n, &c_d);
+    return worse(error, worse(difference(record + d, c_n, d), fabs((double)record[tail + 2] - c_d) / c_d));
+}
+
+/* One head's output. */
+static double output_error(const struct load *l, int64_t row, int head, const struct attention_answer *answer, const float *out) {
+    const int d = l->data->shape.head_dim;
+    double c_n[KV_MAX_HEAD_DIM] = {0}, c_d = 0, whole = exp(answer->log_sum - answer->max), expected[KV_MAX_HEAD_DIM];
+    if (l->cache->correction)
+        attention_correction(l->data, row, head, c_n, &c_d);
     for (int c = 0; c < d; c++)
-        expected[c] = (answer.out[c] * whole + c_n[c]) / (whole + c_d);
-    return worse(error, difference(out, expected, d));
+        expected[c] = (answer->out[c] * whole + c_n[c]) / (whole + c_d);
+    return difference(out, expected, d);
 }
 
 /* Every head of the first and the last row against the host. */
-static int check_rows(const struct load *l, const float *records, const float *out, struct result *result) {
+static int check_rows(const struct load *l, const float *got, struct result *result) {
     const struct attention_shape *s = &l->data->shape;
     struct attention_seen seen;
+    struct attention_answer answer;
     for (int64_t row = 0; row < l->batch; row += max_i64(1, l->batch - 1)) {
         see(l, row, &seen);
         for (int head = 0; head < s->n_heads; head++) {
             int64_t at = row * s->n_heads + head;
-            double error = head_error(l, row, head, &seen, records + at * l->stride, out + at * s->head_dim);
+            attention_answer(l->data, l->cache->decoded, &seen, row, head, &answer);
+            double error = l->merge ? output_error(l, row, head, &answer, got + at * s->head_dim)
+                                    : record_error(l, row, head, &answer, got + at * l->stride);
             TRY(judge(l->cache->name, error, row, head));
             result->error = fmax(result->error, error);
         }
@@ -297,23 +296,19 @@ static int check_rows(const struct load *l, const float *records, const float *o
 /* What all launches of the last replay left: the same bits from every copy, and the right ones. */
 static int check(const struct load *l, struct result *result) {
     const struct attention_shape *s = &l->data->shape;
-    int64_t items = (int64_t)l->batch * s->n_heads, n_records = items * l->stride, n_out = items * s->head_dim;
-    float *records;
-    TRY(backend_alloc(l->b->device.backend, MEMORY_HOST, (size_t)((n_records + n_out) * l->n_launches) * sizeof *records, &records));
-    float *out = records + n_records * l->n_launches;
-    int status = stream_copy_out(l->b->device.stream, records, l->partial, (size_t)(n_records * l->n_launches) * sizeof *records);
-    if (status == STATUS_OK)
-        status = stream_copy_out(l->b->device.stream, out, l->out, (size_t)(n_out * l->n_launches) * sizeof *out);
+    int64_t each = (int64_t)l->batch * s->n_heads * (l->merge ? s->head_dim : l->stride);
+    float *got;
+    TRY(backend_alloc(l->b->device.backend, MEMORY_HOST, (size_t)(each * l->n_launches) * sizeof *got, &got));
+    int status = stream_copy_out(l->b->device.stream, got, l->merge ? l->out : l->partial, (size_t)(each * l->n_launches) * sizeof *got);
     if (status == STATUS_OK)
         status = stream_sync(l->b->device.stream);
     for (int i = 1; i < l->n_launches && status == STATUS_OK; i++)
-        if (memcmp(records, records + i * n_records, (size_t)n_records * sizeof *records) != 0 ||
-            memcmp(out, out + i * n_out, (size_t)n_out * sizeof *out) != 0)
+        if (memcmp(got, got + i * each, (size_t)each * sizeof *got) != 0)
             status = base_fail(STATUS_FAILED, __FILE__, __LINE__, "bench attention: %s, batch %d of %lld tokens: launch %d has other bits",
                                l->cache->name, l->batch, (long long)l->tokens, i);
     if (status == STATUS_OK)
-        status = check_rows(l, records, out, result);
-    backend_free(l->b->device.backend, records);
+        status = check_rows(l, got, result);
+    backend_free(l->b->device.backend, got);
     return status;
 }
 

@@ -22,7 +22,7 @@ __device__ static inline bool attend_same_run(const struct step_input *in, int a
 }
 
 /* Does `row` (below n_rows = attend_n_rows) belong to a run of at least ATTEND_BLOCK_ROWS rows? */
-__device__ static inline bool attend_in_long_run(const struct step_input *in, int n_rows, int row) {
+__device__ static __noinline__ bool attend_in_long_run(const struct step_input *in, int n_rows, int row) {
     int before = 0, after = 0;
     while (before < ATTEND_BLOCK_ROWS - 1 && row - before > 0 && attend_same_run(in, row, row - before - 1))
         before++;
@@ -56,9 +56,9 @@ __device__ static inline struct attend_view attend_view_of(const struct attend_a
     struct attend_view view;
     view.seq = row->seq;
     view.position = row->position;
-    view.first_owned = ((layout->cp_rank - args->params[row->seq].owner_offset) % cp + cp) % cp;
+    view.first_owned = cp == 1 ? 0 : ((layout->cp_rank - args->params[row->seq].owner_offset) % cp + cp) % cp;
     view.n_flushed = (int)cache_n_flushed(layout, row->position);
-    view.n_pages = view.n_flushed > view.first_owned ? (view.n_flushed - view.first_owned + cp - 1) / cp : 0;
+    view.n_pages = view.n_flushed <= view.first_owned ? 0 : cp == 1 ? view.n_flushed : (view.n_flushed - view.first_owned + cp - 1) / cp;
     view.window = view.first_owned + view.n_pages * cp;
     return view;
 }

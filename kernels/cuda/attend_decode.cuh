@@ -1,18 +1,17 @@
-/* The decode kernel: each warp walks its range of tiles (attend_plan.cuh) through a ring of stages in shared memory and leaves a piece
- * for each segment that it touched. Copies run ahead by as many tiles as a warp has stages; all state of a segment is in registers.
+/* The decode kernel: each team of warps walks its tiles (attend_plan.cuh) through rings of stages in shared memory; copies run ahead by
+ * as many tiles as a warp has stages; all state of a segment is in registers. What comes of it: attend_merge.cuh.
  *
  * In bounds: a page's copy is exactly its record; a slice's copies are rows below its n, which are tokens that the row sees, so they lie in
  * the sink's, the slot's or the record's [..][D]; the rest of the slice's rows are zeroed, since a NaN times a weight of 0 is a NaN.
- * Reads of a stage: page parts as laid out in page.cuh, slices 16 rows of row_stride bytes for K and then for V. A piece index is at most
- * n_teams - 1 + n_rows n_kv_heads - 1, which the launcher checked against the scratch. */
+ * Reads of a stage: page parts as laid out in page.cuh, slices 16 rows of row_stride bytes for K and then for V. A warp's pieces of its
+ * pass' heads fit a stage: the launcher checks it. */
 #pragma once
 
-#include "kernels/cuda/attend_plan.cuh"
+#include "kernels/cuda/attend_correct.cuh"
+#include "kernels/cuda/attend_merge.cuh"
 #include "kernels/cuda/attend_tile.cuh"
 
 enum {
-    DECODE_MAX_WARPS = 12,     /* of a CTA: 168 registers a thread, enough for four heads and nothing but the usual */
-    DECODE_MAX_WARPS_WIDE = 8, /* with eight heads a warp, or with bits that are read or mean keys: up to 255 registers */
     DECODE_MAX_STAGES = 3,
     DECODE_ROW_PAD = 16,       /* bytes behind a slice's row: ldmatrix then meets each bank once */
 };
@@ -38,6 +37,7 @@ template <class C> struct decode_warp {
     int lane, first_head, n_heads; /* query heads of the group that this warp takes, from first_head on */
     uint8_t *stages;
     uint64_t *barriers;
+    bool waited;                   /* for the kernel in front */
     struct attend_cursor at;       /* tile that is computed */
     enum { NO_QUERY, CODE_QUERY, ROW_QUERY } loaded;
     struct tile_query<C::D> query;
@@ -46,8 +46,17 @@ template <class C> struct decode_warp {
 
 /* ---- copies --------------------------------------------------------------------------------------------------------- */
 
+/* Before it reads what the kernel in front may have written, and before it writes. */
+template <class C> __device__ __forceinline__ void decode_wait(struct decode_warp<C> &w) {
+    if (w.waited)
+        return;
+    wait_for_earlier();
+    let_later_begin();
+    w.waited = true;
+}
+
 /* Starts the copy of tile `at` into stage `stage`. All lanes; they have read what was there before. */
-template <class C> __device__ __forceinline__ void decode_copy(const struct decode_warp<C> &w, const struct attend_cursor &at, int stage) {
+template <class C> __device__ __forceinline__ void decode_copy(struct decode_warp<C> &w, const struct attend_cursor &at, int stage) {
     const int row_bytes = 2 * C::D, row_stride = decode_row_stride(C::D);
     uint8_t *to = w.stages + stage * w.shape->stage_bytes;
     uint64_t *barrier = w.barriers + stage;
@@ -65,6 +74,8 @@ template <class C> __device__ __forceinline__ void decode_copy(const struct deco
 #endif
     } else {
         const int row = w.lane % ATTEND_SLICE, part = w.lane / ATTEND_SLICE;
+        if (!C::SLICED || at.index >= w.plan->view[at.row].n_pages * (KV_BLOCK / ATTEND_SLICE))
+            decode_wait<C>(w); /* a block in 16 bit, to which this step's tokens were just appended */
         to += (part * ATTEND_SLICE + row) * row_stride;
         if (w.lane == 0)
             stage_expect(barrier, (uint32_t)(2 * tile.n * row_bytes));
@@ -72,6 +83,7 @@ template <class C> __device__ __forceinline__ void decode_copy(const struct deco
         if (row < tile.n) {
             stage_copy(to, (part ? tile.v : tile.k) + row * row_bytes, row_bytes, barrier);
         } else {
+#pragma unroll 1
             for (int i = 0; i < row_bytes; i += 16)
                 *(uint4 *)(to + i) = make_uint4(0, 0, 0, 0);
             stage_fence();
@@ -102,6 +114,10 @@ template <class C> __device__ __forceinline__ void decode_load_query(struct deco
     }
 }
 
+template <class C> __device__ __forceinline__ bool decode_takes_codes(const struct decode_warp<C> &w, const struct attend_tile &tile) {
+    return !C::SLICED && tile.page && (C::BITS == 2 || w.args->layer.format.k_bits < 16);
+}
+
 template <class C> __device__ __forceinline__ void decode_prepare_mean(const struct decode_warp<C> &w, int local,
                                                                        struct tile_mean<C::D> &mean) {
     const struct cache_layer *layer = &w.args->layer;
@@ -120,7 +136,6 @@ template <class C> __device__ __forceinline__ void decode_page(struct decode_war
     const int k_bits = C::BITS ? C::BITS : format->k_bits, v_bits = C::BITS ? C::BITS : format->v_bits;
     const int v_offset = k_bits == 16 ? KV_BLOCK * C::D * 2 : KV_BLOCK * C::D * k_bits / 8 + 4 * C::D; /* page_v_offset */
     float s[N][4], factor[2], offset[2], gain[2];
-    decode_load_query<C>(w, k_bits < 16);
     if (k_bits < 16) {
         struct tile_mean<C::D> mean;
         decode_prepare_mean<C>(w, local, mean);
@@ -152,7 +167,6 @@ template <class C> __device__ __forceinline__ void decode_slice(struct decode_wa
     const int stride = decode_row_stride(C::D);
     float s[1][4], gain[2];
     const float offset[2] = {0.0f, 0.0f};
-    decode_load_query<C>(w, false);
     row_product<C::D, typename C::T>(rows, stride, w.lane, w.query, s[0]);
     const bool nothing = C::SPLIT && lane_is_second(w.lane);
 #pragma unroll
@@ -191,11 +205,9 @@ template <int D> __device__ __forceinline__ void sums_join(struct tile_sums<D> &
     }
 }
 
-/* Writes what this warp has of the segment as piece team + segment, and starts anew. */
-template <class C> __device__ __forceinline__ void decode_write_piece(struct decode_warp<C> &w, int team) {
+/* Pieces of this warp's heads to `to` [n_heads][piece_floats], and starts anew. */
+template <class C> __device__ __forceinline__ void decode_leave(struct decode_warp<C> &w, float *to) {
     constexpr int D = C::D;
-    const int group = w.args->n_heads / w.args->layout.n_kv_heads;
-    const int64_t piece = team + (int64_t)w.at.row * w.args->layout.n_kv_heads + w.at.kv_head;
 #pragma unroll
     for (int e = 0; e < 2; e++) {
         w.sums.l[e] = lanes_of_column_sum(w.sums.l[e]);
@@ -207,7 +219,7 @@ template <class C> __device__ __forceinline__ void decode_write_piece(struct dec
     for (int e = 0; e < 2; e++) {
         const int column = w.lane % 4 * 2 + e;
         if (column < w.n_heads) { /* at most 4 where SPLIT */
-            float *out = w.shape->pieces + (piece * group + w.first_head + column) * piece_floats(D);
+            float *out = to + column * piece_floats(D);
 #pragma unroll
             for (int j = 0; j < D / 16; j++) {
                 out[16 * j + w.lane / 4] = w.sums.y[j][e] + w.sums.zero[e];
@@ -223,37 +235,68 @@ template <class C> __device__ __forceinline__ void decode_write_piece(struct dec
     w.loaded = decode_warp<C>::NO_QUERY;
 }
 
-/* ---- the kernel --------------------------------------------------------------------------------------------------------- */
+/* ---- the walk ----------------------------------------------------------------------------------------------------------- */
 
-/* n > 0 tiles from `first` on. */
-template <class C> __device__ __forceinline__ void decode_walk(struct decode_warp<C> &w, int team, int first, int n) {
-    const int n_stages = w.shape->n_stages, n_kv_heads = w.args->layout.n_kv_heads;
+/* The end of a segment, or of the team's tiles [begin, end): what is known of it goes where it is looked for. `free`: the stage that the last
+ * tile was in; the warp's first stage when the walk is over. */
+template <class C>
+__device__ __forceinline__ void decode_end_segment(struct decode_warp<C> &w, struct attend_plan *plan, int team, int begin, int end, bool over,
+                                                   float *free) {
+    const struct attend_segment s = plan_segment(plan, w.at.row, w.at.kv_head);
+    const int group = w.args->n_heads / w.args->layout.n_kv_heads;
+    const bool whole = s.begin >= begin && s.end <= end, first = s.begin < begin;
+    float *to = free;
+    if (!whole && !over)
+        to = w.shape->team_pieces + (((int64_t)blockIdx.x * w.shape->n_teams + team) * group + w.first_head) * piece_floats(C::D);
+    if (whole || !over)
+        decode_wait<C>(w);
+    __syncwarp(); /* all lanes have read the stage */
+    decode_leave<C>(w, to);
+    __syncwarp();
+    if (whole) {
+#pragma unroll 1
+        for (int i = 0; i < w.n_heads; i++, to += piece_floats(C::D))
+            head_deliver<C::D>(w.args, w.shape, plan, s, w.first_head + i, {to, to, 0, 1});
+        __syncwarp();
+        stage_fence();
+    } else if (w.first_head == 0 && w.lane == 0 && (!first || begin == plan->team[0])) {
+        plan->edge[2 * team + (first ? 0 : 1)] = w.at.row * w.args->layout.n_kv_heads + w.at.kv_head; /* no earlier team of the CTA has it */
+    }
+}
+
+/* Tiles begin .. end - 1, at least one. */
+template <class C>
+__device__ __forceinline__ void decode_walk(struct decode_warp<C> &w, struct attend_plan *plan, int team, int begin, int end) {
+    const int n_stages = w.shape->n_stages, n = end - begin, n_kv_heads = w.args->layout.n_kv_heads;
     struct attend_cursor ahead;
-    w.at = ahead = cursor_at(w.plan, first);
+    w.at = ahead = cursor_at(plan, w.args->n_rows, begin);
     w.loaded = decode_warp<C>::NO_QUERY;
     sums_clear<C::D>(w.sums);
-    cursor_look_up<C::SLICED>(w.args, w.plan, &ahead);
+    cursor_look_up<C::SLICED>(w.args, plan, &ahead);
     int stage = 0;
     uint32_t parity = 0;
+#pragma unroll 1
     for (int i = -n_stages; i < n; i++) { /* tile i is computed, tile i + n_stages copied into the stage that it leaves */
         if (i >= 0) {
-            stage_wait(w.barriers + stage, parity, n_stages);
             const uint8_t *data = w.stages + stage * w.shape->stage_bytes;
-            const struct attend_tile tile = plan_tile<C::D, C::SLICED>(w.args, &w.plan->view[w.at.row], w.at.kv_head, w.at.index, 0);
+            const struct attend_tile tile = plan_tile<C::D, C::SLICED>(w.args, &plan->view[w.at.row], w.at.kv_head, w.at.index, 0);
+            decode_load_query<C>(w, decode_takes_codes<C>(w, tile));
+            stage_wait(w.barriers + stage, parity, n_stages);
             if (!tile.page)
                 decode_slice<C>(w, data, tile.n);
             else if constexpr (!C::SLICED)
                 decode_page<C>(w, data, tile.local);
             struct attend_cursor next = w.at;
-            if (cursor_next(w.plan, n_kv_heads, &next) || i == n - 1)
-                decode_write_piece<C>(w, team);
+            const bool over = i == n - 1;
+            if (cursor_next(plan, w.args->n_rows, n_kv_heads, &next) || over)
+                decode_end_segment<C>(w, plan, team, begin, end, over, (float *)(over ? w.stages : (uint8_t *)data));
             w.at = next;
             __syncwarp();
         }
         if (i + n_stages < n) {
             decode_copy<C>(w, ahead, stage);
-            cursor_next(w.plan, n_kv_heads, &ahead);
-            cursor_look_up<C::SLICED>(w.args, w.plan, &ahead);
+            cursor_next(plan, w.args->n_rows, n_kv_heads, &ahead);
+            cursor_look_up<C::SLICED>(w.args, plan, &ahead);
             __syncwarp();
         } else {
             stage_commit();
@@ -267,34 +310,44 @@ template <class C> __device__ __forceinline__ void decode_walk(struct decode_war
 
 template <class C>
 static __global__ void __launch_bounds__(C::MAX_WARPS *WARP, 1)
-    attend_kernel(const __grid_constant__ struct attend_args args, const __grid_constant__ struct attend_shape shape) {
+    attend_kernel(const __grid_constant__ struct attend_args args, const __grid_constant__ struct attend_shape shape, bool any_run) {
     extern __shared__ __align__(128) uint8_t stages[];
     __shared__ struct attend_plan plan;
     __shared__ uint64_t barriers[C::MAX_WARPS * DECODE_MAX_STAGES];
-    const int warp = (int)threadIdx.x / WARP, n_threads = (int)blockDim.x;
-    for (int i = (int)threadIdx.x; i < shape.n_warps * shape.n_stages; i += n_threads)
+    const int warp = (int)threadIdx.x / WARP, team = warp / shape.n_passes;
+    for (int i = (int)threadIdx.x; i < shape.n_warps * shape.n_stages; i += (int)blockDim.x)
         stage_init(&barriers[i]);
+    if ((int)threadIdx.x < 2 * shape.n_teams)
+        plan.edge[threadIdx.x] = -1;
     stage_fence();
-    wait_for_earlier();
-    plan_make<C::SLICED>(&args, &plan);
-    if (blockIdx.x == 0)
-        for (int i = (int)threadIdx.x; i <= STEP_MAX_ROWS; i += n_threads)
-            shape.begin[i] = plan.begin[i];
-    /* Neighbours in the order of tiles are warps of different CTAs: few tiles spread over the device. */
-    const int team = warp / shape.n_passes * (int)gridDim.x + (int)blockIdx.x;
-    const struct team_share share = team_share_of(plan.begin[STEP_MAX_ROWS], shape.n_teams);
-    const int first = team_begin(&share, team), end = team_begin(&share, team + 1);
-    if (first == end)
-        return;
+    if (!shape.early)
+        wait_for_earlier();
+    plan_make<C::SLICED>(&args, &shape, any_run, &plan);
     struct decode_warp<C> w;
-    const int group = args.n_heads / args.layout.n_kv_heads;
+    const int group = args.n_heads / args.layout.n_kv_heads, pass = warp % shape.n_passes, begin = plan.team[team], end = plan.team[team + 1];
     w.args = &args;
     w.shape = &shape;
     w.plan = &plan;
     w.lane = (int)threadIdx.x % WARP;
-    w.first_head = warp % shape.n_passes * shape.pass_heads;
+    w.first_head = pass * shape.pass_heads;
     w.n_heads = min(group - w.first_head, shape.pass_heads);
     w.stages = stages + (int64_t)warp * shape.n_stages * shape.stage_bytes;
     w.barriers = barriers + warp * shape.n_stages;
-    decode_walk<C>(w, team, first, end - first);
+    w.waited = false;
+    const int side = pass == 0 ? team - (shape.n_teams - shape.side.n_warps) : -1; /* this warp among those of the correction */
+    if (side >= 0)
+        side_logits<C::D, typename C::T>(&args, &shape, &plan, side);
+    if (begin < end)
+        decode_walk<C>(w, &plan, team, begin, end);
+    decode_wait<C>(w);
+    const int n_joiners = shape.n_warps - shape.side.n_warps * shape.n_passes; /* the correction's warps have their own work to do */
+    if (warp < n_joiners) {
+        barrier_wait((int)blockDim.x);
+        join_teams<C::D>(&args, &shape, &plan, stages, n_joiners);
+    } else {
+        barrier_arrive((int)blockDim.x);
+        if (side >= 0)
+            side_states<C::D>(&args, &shape, &plan, side);
+    }
+    empty_rows<C::D>(&args, &shape, &plan, any_run);
 }

@@ -46,6 +46,9 @@ __device__ static inline float fast_exp2(float x) {
     return out;
 }
 
+/* e^x, x <= 0, relative error 2^-22 + |x| 2^-24. */
+__device__ static inline float fast_exp(float x) { return fast_exp2(x * 1.4426950408889634f); }
+
 /* 2^n, -126 <= n <= 127. */
 __device__ static inline float power_of_2(int n) { return __int_as_float((n + 127) << 23); }
 
@@ -66,6 +69,10 @@ template <> __device__ inline uint32_t narrow_pair<__half>(float first, float se
 template <> __device__ inline uint32_t narrow_pair<__nv_bfloat16>(float first, float second) {
     return bits_of(__floats2bfloat162_rn(first, second));
 }
+
+/* A barrier of the CTA's n threads at which some wait and others, who have nothing to read behind it, only say that they came. */
+__device__ static inline void barrier_wait(int n) { asm volatile("bar.sync 1, %0;" ::"r"(n) : "memory"); }
+__device__ static inline void barrier_arrive(int n) { asm volatile("bar.arrive 1, %0;" ::"r"(n) : "memory"); }
 
 /* ---- a stage of a warp's ring: filled by copies that run by themselves, then waited for ------------------------------- */
 

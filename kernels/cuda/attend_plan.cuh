@@ -1,52 +1,90 @@
-/* Who does what while decoding: the work of a step is cut into tiles, and every team of warps takes an equal range of them.
+/* Who does what while decoding: the work of a step is cut into tiles, every CTA takes an equal range of them, and every team of its warps
+ * an equal part of that.
  *
  * A tile is one page (of which K or V is encoded) or ATTEND_SLICE tokens in 16 bit. A segment is a row and a KV head; its tiles are
- * pages, sink, window in this order, and segment row * n_kv_heads + kv_head follows segment by segment. Of T tiles each of W teams takes
- * T / W, the first T % W one more, so no team without tiles stands between others. What a team knows of a segment goes to piece w + segment: along the walk over tiles neither number falls and
- * one of them grows at each change, so no two (team, segment) share a piece, and the merge finds them without a list. */
+ * pages, sink, window in this order, and segment row * n_kv_heads + kv_head follows segment by segment. Of T tiles each of W shares has
+ * T / W, the first T % W one more. So a segment's CTAs, and a CTA's teams, are known from the lengths alone. */
 #pragma once
 
 #include "kernels/cuda/attend.cuh"
 
-enum { PLAN_SCRATCH_BYTES = 4096 }; /* plan->begin, before the pieces */
+enum {
+    DECODE_MAX_WARPS = 12,     /* of a CTA: 168 registers a thread, enough for four heads and nothing but the usual */
+    DECODE_MAX_WARPS_WIDE = 8, /* with eight heads a warp, or with bits that are read or mean keys: up to 255 registers */
+};
 
+/* Tiles of a share, and how many shares have one more. All numbers of tiles fit 32 bits, whose divisions are several times faster: a tile
+ * has at least 4 KiB, so 2^31 of them are more than any device holds. */
+struct equal_shares {
+    int each, more;
+};
+
+__device__ static inline struct equal_shares equal_shares_of(int n_tiles, int n_shares) {
+    struct equal_shares share;
+    share.each = (int)((unsigned)n_tiles / (unsigned)n_shares);
+    share.more = n_tiles - share.each * n_shares;
+    return share;
+}
+__device__ static inline int share_begin(const struct equal_shares *share, int index) {
+    return share->each * index + min(index, share->more);
+}
+/* The share that has `tile`. */
+__device__ static inline int share_of(const struct equal_shares *share, int tile) {
+    int wide = share->more * (share->each + 1); /* tiles of the shares with one more; share->each > 0 where a tile lies beyond */
+    return tile < wide ? (int)((unsigned)tile / (unsigned)(share->each + 1))
+                       : share->more + (int)((unsigned)(tile - wide) / (unsigned)share->each);
+}
+
+/* What a CTA knows of the step, in shared memory. */
 struct attend_plan {
-    int begin[STEP_MAX_ROWS + 1];     /* first tile of a row; those beyond the last: the total */
-    int n_tiles[STEP_MAX_ROWS + 1];   /* of one KV head of a row; 0: padding, rows beyond, and rows of long runs */
+    int begin[STEP_MAX_ROWS + 1];        /* first tile of a row; [n_rows]: the total */
+    int n_tiles[STEP_MAX_ROWS];          /* of one KV head of a row; 0: padding, rows beyond; rows of long runs */
     struct attend_view view[STEP_MAX_ROWS];
+    struct equal_shares share;           /* of CTAs */
+    int team[DECODE_MAX_WARPS + 1];      /* first tile of a team of this CTA; [n_teams]: that of the next CTA */
+    int edge[2 * DECODE_MAX_WARPS];      /* by team: its first segment and its last, where they wait for other teams' parts; else -1 */
+};
+
+/* The correction's part in the launch (attend_correct.cuh). */
+struct attend_side {
+    int n_slices;     /* of a segment's work; 0: no correction here */
+    int n_warps;      /* of a CTA, the last ones, that take part */
+    int n_tiles;      /* that a part is worth: as many fewer of these come to its warp */
+    float *logits;    /* [n_rows][n_heads][features] */
 };
 
 /* Numbers chosen by the launcher. */
 struct attend_shape {
     int n_warps, n_stages, stage_bytes; /* of a CTA; stages of a warp */
-    int n_teams;                        /* W */
+    int n_teams;                        /* of a CTA */
     int n_passes;                       /* warps of a team: each takes pass_heads of the group's heads */
     int pass_heads;
-    int *begin;                         /* scratch: plan->begin for the merge */
-    float *pieces;                      /* [W + n_rows n_kv_heads - 1][group][piece_floats]: Y, m (of base 2), l */
+    bool early;                         /* the kernel in front wrote nothing that is read here but 16-bit blocks */
+    struct attend_side side;
+    float *team_pieces;                 /* [CTA][team][group][piece_floats]: Y, m (of base 2), l of a team's first segment */
+    float *pieces;                      /* [CTAs + segments - 1][group][piece_floats] of a CTA: see cta_piece */
+    int *arrived;                       /* [n_rows][n_heads], then [segments]: 0 between launches */
+    float *out;                         /* [n_rows][n_heads * d]: one rank's output instead of records; or NULL */
 };
 
 HOST_DEVICE static inline int piece_floats(int head_dim) { return head_dim + 4; }
 
-/* Tiles of a team, and how many teams have one more. All numbers of tiles fit 32 bits, whose divisions are several times faster: a tile has
- * at least 4 KiB, so 2^31 of them are more than any device holds. */
-struct team_share {
-    int each, more;
-};
+/* Along the walk over tiles neither the CTA nor the segment falls and one of them grows at each change, so no two (CTA, segment) share a
+ * piece. */
+__device__ static inline float *cta_piece(const struct attend_shape *shape, int cta, int segment, int group, int in_group, int head_dim) {
+    return shape->pieces + ((int64_t)(cta + segment) * group + in_group) * piece_floats(head_dim);
+}
 
-__device__ static inline struct team_share team_share_of(int n_tiles, int n_teams) {
-    struct team_share share;
-    share.each = n_tiles / n_teams;
-    share.more = n_tiles - share.each * n_teams;
-    return share;
-}
-__device__ static inline int team_begin(const struct team_share *share, int team) {
-    return share->each * team + min(team, share->more);
-}
-/* The team that has `tile`. */
-__device__ static inline int team_of(const struct team_share *share, int tile) {
-    int wide = share->more * (share->each + 1); /* tiles of the teams with one more; share->each > 0 where a tile lies beyond */
-    return tile < wide ? tile / (share->each + 1) : share->more + (tile - wide) / share->each;
+/* First tile, from that of its CTA on, of team `team` of a CTA with n tiles. The last side->n_warps teams work for the correction as long
+ * as side->n_tiles tiles take; where the others have less to do they get no tile at all. */
+__device__ static inline int team_begin_of(const struct attend_shape *shape, int n, int team) {
+    const int n_side = shape->side.n_slices ? shape->side.n_warps : 0, first_side = shape->n_teams - n_side, worth = shape->side.n_tiles;
+    if (n_side > 0 && n < first_side * worth) {
+        struct equal_shares share = equal_shares_of(n, first_side);
+        return share_begin(&share, min(team, first_side));
+    }
+    struct equal_shares share = equal_shares_of(n + n_side * worth, shape->n_teams);
+    return share_begin(&share, team) - max(team - first_side, 0) * worth;
 }
 
 /* What one tile is. */
@@ -102,40 +140,64 @@ __device__ static inline struct attend_tile plan_tile(const struct attend_args *
     return tile;
 }
 
-/* Fills the plan; all threads of a CTA, which has at least a warp. Ends with a barrier. */
-template <bool SLICED> __device__ static inline void plan_make(const struct attend_args *args, struct attend_plan *plan) {
-    const struct step_input *in = args->in;
-    int n_rows = attend_n_rows(args);
-    for (int row = (int)threadIdx.x; row <= STEP_MAX_ROWS; row += (int)blockDim.x) {
-        int n = 0;
-        if (row < n_rows && in->row[row].seq >= 0 && !attend_in_long_run(in, n_rows, row)) {
-            struct attend_view view = attend_view_of(args, &in->row[row]);
-            n = view.n_pages * (SLICED ? KV_BLOCK / ATTEND_SLICE : 1) + plan_exact_slices(args, &view);
-            plan->view[row] = view;
+/* Row `row` of the plan. In range: rows up to args->n_rows exist, but those that do not count hold anything. */
+template <bool SLICED>
+__device__ static inline int plan_row(const struct attend_args *args, int n_rows, int row, bool any_run, struct attend_view *view) {
+    if (row >= n_rows || args->in->row[row].seq < 0 || (any_run && attend_in_long_run(args->in, n_rows, row)))
+        return 0;
+    *view = attend_view_of(args, &args->in->row[row]);
+    return view->n_pages * (SLICED ? KV_BLOCK / ATTEND_SLICE : 1) + plan_exact_slices(args, view);
+}
+
+/* begin from n_tiles: one warp. */
+__device__ static inline void plan_sum(struct attend_plan *plan, int n_rows, int n_kv_heads) {
+    int before = 0;
+    for (int first = 0; first < n_rows; first += WARP) {
+        const int row = first + (int)threadIdx.x % WARP, own = row < n_rows ? plan->n_tiles[row] * n_kv_heads : 0;
+        int sum = own;
+        for (int offset = 1; offset < min(WARP, n_rows); offset *= 2) {
+            int other = __shfl_up_sync(0xffffffffu, sum, offset);
+            sum += (int)threadIdx.x % WARP >= offset ? other : 0;
         }
-        plan->n_tiles[row] = n;
+        if (row < n_rows)
+            plan->begin[row] = before + sum - own;
+        before += __shfl_sync(0xffffffffu, sum, min(WARP, n_rows - first) - 1);
     }
-    __syncthreads();
+    if (threadIdx.x % WARP == 0)
+        plan->begin[n_rows] = before;
+}
+
+/* Fills the plan; all threads of a CTA, which has at least a warp. any_run: rows of long runs are left to attend_block.cu. Ends with a
+ * barrier. */
+template <bool SLICED>
+__device__ static inline void plan_make(const struct attend_args *args, const struct attend_shape *shape, bool any_run,
+                                        struct attend_plan *plan) {
+    const int n_rows = attend_n_rows(args);
+    for (int row = (int)threadIdx.x; row < args->n_rows; row += (int)blockDim.x)
+        plan->n_tiles[row] = plan_row<SLICED>(args, n_rows, row, any_run, &plan->view[row]);
+    if (args->n_rows > WARP)
+        __syncthreads();
+    else
+        __syncwarp();
     if (threadIdx.x < WARP) {
-        const int per_lane = STEP_MAX_ROWS / WARP;
-        int first = (int)threadIdx.x * per_lane;
-        int sum = 0, before;
-        for (int i = 0; i < per_lane; i++)
-            sum += plan->n_tiles[first + i] * args->layout.n_kv_heads;
-        before = sum;
-        for (int offset = 1; offset < WARP; offset *= 2) {
-            int other = __shfl_up_sync(0xffffffffu, before, offset);
-            before += (int)threadIdx.x >= offset ? other : 0;
-        }
-        if (threadIdx.x == WARP - 1)
-            plan->begin[STEP_MAX_ROWS] = before;
-        before -= sum;
-        for (int i = 0; i < per_lane; i++) {
-            plan->begin[first + i] = before;
-            before += plan->n_tiles[first + i] * args->layout.n_kv_heads;
-        }
+        plan_sum(plan, args->n_rows, args->layout.n_kv_heads);
+        __syncwarp();
+        const struct equal_shares share = equal_shares_of(plan->begin[args->n_rows], (int)gridDim.x);
+        plan->share = share;
+        const int begin = share_begin(&share, (int)blockIdx.x), n = share_begin(&share, (int)blockIdx.x + 1) - begin;
+        if ((int)threadIdx.x <= shape->n_teams)
+            plan->team[threadIdx.x] = begin + team_begin_of(shape, n, (int)threadIdx.x);
     }
     __syncthreads();
+}
+
+/* Of a segment: its tiles begin .. end - 1 of all. */
+struct attend_segment {
+    int row, kv_head, begin, end;
+};
+__device__ static inline struct attend_segment plan_segment(const struct attend_plan *plan, int row, int kv_head) {
+    const int n = plan->n_tiles[row], begin = plan->begin[row] + kv_head * n;
+    return {row, kv_head, begin, begin + n};
 }
 
 /* A place in the walk over tiles. */
@@ -154,33 +216,30 @@ __device__ static inline void cursor_look_up(const struct attend_args *args, con
         at->page_id = attend_page_id(args, view, local);
 }
 
-/* At tile `tile` of all; below the total. */
-__device__ static inline struct attend_cursor cursor_at(const struct attend_plan *plan, int tile) {
-    int low = 0, high = STEP_MAX_ROWS;
-    while (low < high) { /* rows that begin at or before the tile: the last of them has it */
-        int middle = (low + high) / 2;
-        if (plan->begin[middle] <= tile)
-            low = middle + 1;
-        else
-            high = middle;
+/* At tile `tile` of all, below the total. By a warp. */
+__device__ static inline struct attend_cursor cursor_at(const struct attend_plan *plan, int n_rows, int tile) {
+    int row = -1; /* the last that begins at or before the tile: it is not empty */
+    for (int first = 0; first < n_rows; first += WARP) {
+        const int other = first + (int)threadIdx.x % WARP;
+        row += __popc(__ballot_sync(0xffffffffu, other < n_rows && plan->begin[other] <= tile));
     }
-    struct attend_cursor at = {low - 1, 0, 0, plan->n_tiles[low - 1], 0};
-    int within = tile - plan->begin[at.row];
-    at.kv_head = within / at.n;
-    at.index = within % at.n;
+    struct attend_cursor at = {row, 0, 0, plan->n_tiles[row], 0};
+    const unsigned within = (unsigned)(tile - plan->begin[row]);
+    at.kv_head = (int)(within / (unsigned)at.n);
+    at.index = (int)(within % (unsigned)at.n);
     return at;
 }
 
 /* To the next tile; n = 0 behind the last. True where another segment begins. */
-__device__ static inline bool cursor_next(const struct attend_plan *plan, int n_kv_heads, struct attend_cursor *at) {
+__device__ static inline bool cursor_next(const struct attend_plan *plan, int n_rows, int n_kv_heads, struct attend_cursor *at) {
     if (++at->index < at->n)
         return false;
     at->index = 0;
     if (++at->kv_head == n_kv_heads) {
         at->kv_head = 0;
         do
-            at->n = plan->n_tiles[++at->row];
-        while (at->n == 0 && at->row < STEP_MAX_ROWS);
+            at->n = ++at->row < n_rows ? plan->n_tiles[at->row] : 0;
+        while (at->n == 0 && at->row < n_rows);
     }
     return true;
 }

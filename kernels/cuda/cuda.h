@@ -19,9 +19,14 @@ struct cuda_dnn;  /* cuDNN, found at run time: kernels/cuda/dnn.c; NULL where it
 /* Device scratch of one stream. What an operation leaves there the next one of the stream may overwrite. */
 #define CUDA_SCRATCH_BYTES ((size_t)96 << 20)
 
+/* Counters of one stream, by which the blocks of a kernel find out who is last. 0 between kernels: the last one leaves them so. */
+enum { CUDA_COUNTERS = 1 << 17 };
+
 struct cuda_launch {
     void *stream;        /* cudaStream_t */
     void *scratch;       /* 256-byte aligned, CUDA_SCRATCH_BYTES */
+    int *counters;       /* CUDA_COUNTERS */
+    int previous;        /* enum op_id of the operation that was enqueued right before; OP_COUNT: something else was */
     int n_sms;           /* multiprocessors of the device */
     int architecture;    /* 80, 90, 100: compute capability times ten */
     struct cuda_blas *blas;

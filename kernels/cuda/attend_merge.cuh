@@ -1,0 +1,232 @@
+/* From what teams know of a segment to its output. A team that has a whole segment delivers it; else its CTA joins what its teams left, and
+ * where a segment reaches over several CTAs, or waits for its correction, the last to arrive joins theirs. Who is last depends on
+ * time, what it adds and in which order does not.
+ *
+ * A piece is Y [D], m (of base 2), l of one query head. One warp takes one head of one segment, D / 32 channels a lane. */
+#pragma once
+
+#include "kernels/cuda/attend_mma.cuh"
+#include "kernels/cuda/attend_plan.cuh"
+
+enum { MERGE_AT_ONCE = 4 }; /* pieces whose loads are in flight together */
+
+#define LN_2 0.69314718055994531f
+
+/* What a warp holds of one head: channels lane * D / 32 .. of y, the same m and l in all lanes. */
+template <int D> struct head_sums {
+    static constexpr int PER_LANE = D / WARP;
+    float y[PER_LANE], m, l;
+};
+
+template <int D> __device__ __forceinline__ void head_load(const float *piece, int lane, float (&y)[D / WARP]) {
+    if constexpr (D / WARP == 4) {
+        const float4 four = *(const float4 *)(piece + 4 * lane);
+        y[0] = four.x, y[1] = four.y, y[2] = four.z, y[3] = four.w;
+    } else {
+        const float2 two = *(const float2 *)(piece + 2 * lane);
+        y[0] = two.x, y[1] = two.y;
+    }
+}
+template <int D> __device__ __forceinline__ void head_store(float *to, int lane, const float (&y)[D / WARP]) {
+    if constexpr (D / WARP == 4)
+        *(float4 *)(to + 4 * lane) = make_float4(y[0], y[1], y[2], y[3]);
+    else
+        *(float2 *)(to + 2 * lane) = make_float2(y[0], y[1]);
+}
+
+/* n pieces of one head, added in order: piece i is at first + i * stride floats, but the last one at `last`. */
+struct piece_list {
+    const float *first, *last;
+    int stride, n;
+};
+__device__ __forceinline__ const float *piece_at(const struct piece_list &list, int i) {
+    return i == list.n - 1 ? list.last : list.first + (int64_t)i * list.stride;
+}
+
+template <int D> __device__ __forceinline__ void head_join(const struct piece_list &list, struct head_sums<D> &sums) {
+    const int lane = (int)threadIdx.x % WARP;
+    float m = -INFINITY;
+    for (int i = lane; i < list.n; i += WARP)
+        m = fmaxf(m, piece_at(list, i)[D]);
+    sums.m = warp_max(m);
+    sums.l = 0.0f;
+#pragma unroll
+    for (int c = 0; c < D / WARP; c++)
+        sums.y[c] = 0.0f;
+#pragma unroll 1
+    for (int i = 0; i < list.n; i += MERGE_AT_ONCE) {
+        float y[MERGE_AT_ONCE][D / WARP];
+        float2 tail[MERGE_AT_ONCE];
+#pragma unroll
+        for (int k = 0; k < MERGE_AT_ONCE; k++) {
+            const float *piece = piece_at(list, min(i + k, list.n - 1));
+            head_load<D>(piece, lane, y[k]);
+            tail[k] = *(const float2 *)(piece + D);
+        }
+#pragma unroll
+        for (int k = 0; k < MERGE_AT_ONCE; k++) {
+            const float factor = i + k >= list.n || tail[k].x == -INFINITY ? 0.0f : fast_exp2(tail[k].x - sums.m);
+            sums.l = fmaf(tail[k].y, factor, sums.l);
+#pragma unroll
+            for (int c = 0; c < D / WARP; c++)
+                sums.y[c] = fmaf(y[k][c], factor, sums.y[c]);
+        }
+    }
+}
+
+/* ---- the end ---------------------------------------------------------------------------------------------------------- */
+
+/* Y, m, l of a whole segment to the record, or with the correction, which is in the record, to the output. */
+template <int D>
+__device__ __forceinline__ void head_finish(const struct attend_args *args, const struct attend_shape *shape, int row, int head,
+                                            const struct head_sums<D> &sums) {
+    const int lane = (int)threadIdx.x % WARP;
+    float *record = attend_record(args, row, head);
+    const bool correction = args->stride > partial_stride(D, false);
+    if (!shape->out) {
+        head_store<D>(record, lane, sums.y);
+        if (lane == 0)
+            attend_finish_record(args, record, sums.m * LN_2, sums.l);
+        return;
+    }
+    float y[D / WARP] = {}, l = sums.l;
+    if (correction) {
+        head_load<D>(record + D, lane, y);
+        l += record[partial_tail(D, true) + 2];
+    }
+    const float part = l > 0.0f ? 1.0f / l : 0.0f;
+#pragma unroll
+    for (int c = 0; c < D / WARP; c++)
+        y[c] = (y[c] + sums.y[c]) * part;
+    head_store<D>(shape->out + ((int64_t)row * args->n_heads + head) * D, lane, y);
+}
+
+/* Counts an arrival at n <= 32 counters in a row, once all that this warp wrote can be seen by the others. A bit for each counter at which it
+ * was the last of `expected`: there it sees what they wrote, and the counter is 0 again. */
+__device__ __forceinline__ unsigned heads_arrive(int *counters, int n, int expected) {
+    const int lane = (int)threadIdx.x % WARP;
+    int before = -1;
+    __syncwarp();
+    if (lane < n)
+        asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], 1;" : "=r"(before) : "l"(counters + lane) : "memory");
+    const bool last = before + 1 == expected;
+    if (last)
+        counters[lane] = 0;
+    return __ballot_sync(0xffffffffu, last);
+}
+
+/* CTAs that have tiles of a segment: first .. last. */
+struct cta_range {
+    int first, last;
+};
+__device__ __forceinline__ struct cta_range segment_ctas(const struct attend_plan *plan, const struct attend_segment *s) {
+    return {share_of(&plan->share, s->begin), share_of(&plan->share, s->end - 1)};
+}
+
+/* All CTAs' pieces of a head; by the last that arrived. */
+template <int D>
+__device__ __noinline__ void head_close(const struct attend_args *args, const struct attend_shape *shape, const struct attend_plan *plan,
+                                        struct attend_segment s, int in_group) {
+    const int n_kv_heads = args->layout.n_kv_heads, group = args->n_heads / n_kv_heads, segment = s.row * n_kv_heads + s.kv_head;
+    const struct cta_range ctas = segment_ctas(plan, &s);
+    const float *first = cta_piece(shape, ctas.first, segment, group, in_group, D);
+    const int n = ctas.last - ctas.first + 1, stride = group * piece_floats(D);
+    struct head_sums<D> sums;
+    head_join<D>({first, first + (int64_t)(n - 1) * stride, stride, n}, sums);
+    head_finish<D>(args, shape, s.row, s.kv_head * group + in_group, sums);
+    if (shape->side.n_slices && in_group == 0 && threadIdx.x % WARP == 0)
+        shape->arrived[(int64_t)args->n_rows * args->n_heads + segment] = 0; /* all who waited for it have arrived */
+}
+
+/* Parts that a head waits for: those of CTAs, and of the correction. */
+__device__ __forceinline__ int head_expected(const struct attend_shape *shape, const struct attend_plan *plan,
+                                             const struct attend_segment *s) {
+    const struct cta_range ctas = segment_ctas(plan, s);
+    return ctas.last - ctas.first + 1 + shape->side.n_slices;
+}
+
+/* What this CTA knows of a head, from its teams' pieces. */
+template <int D>
+__device__ __noinline__ void head_deliver(const struct attend_args *args, const struct attend_shape *shape, const struct attend_plan *plan,
+                                          struct attend_segment s, int in_group, struct piece_list list) {
+    const int n_kv_heads = args->layout.n_kv_heads, group = args->n_heads / n_kv_heads, lane = (int)threadIdx.x % WARP;
+    const int head = s.kv_head * group + in_group;
+    const bool whole = s.begin >= plan->team[0] && s.end <= plan->team[shape->n_teams];
+    struct head_sums<D> sums;
+    head_join<D>(list, sums);
+    if (whole && !shape->side.n_slices) {
+        head_finish<D>(args, shape, s.row, head, sums);
+        return;
+    }
+    float *piece = cta_piece(shape, (int)blockIdx.x, s.row * n_kv_heads + s.kv_head, group, in_group, D);
+    head_store<D>(piece, lane, sums.y);
+    if (lane == 0)
+        *(float2 *)(piece + D) = make_float2(sums.m, sums.l);
+    if (heads_arrive(&shape->arrived[(int64_t)s.row * args->n_heads + head], 1, head_expected(shape, plan, &s)))
+        head_close<D>(args, shape, plan, s, in_group);
+}
+
+/* ---- a team's pieces ---------------------------------------------------------------------------------------------------- */
+
+/* The segments that teams of this CTA share with each other or with other CTAs; heads spread over its first n_warps warps. Behind a barrier.
+ * Teams leave what they know of their last segment in the stages of their warps, of an earlier one in memory: that can be the case of the
+ * last team of a segment only. */
+template <int D>
+__device__ __forceinline__ void join_teams(const struct attend_args *args, const struct attend_shape *shape, const struct attend_plan *plan,
+                                           const uint8_t *stages, int n_warps) {
+    const int n_kv_heads = args->layout.n_kv_heads, group = args->n_heads / n_kv_heads, warp_bytes = shape->n_stages * shape->stage_bytes;
+    int turn = (int)threadIdx.x / WARP;
+#pragma unroll 1
+    for (int i = 0; i < 2 * shape->n_teams; i++) {
+        const int edge = plan->edge[i], first = i / 2;
+        if (edge < 0)
+            continue;
+        const int row = (int)((unsigned)edge / (unsigned)n_kv_heads);
+        const struct attend_segment s = plan_segment(plan, row, edge - row * n_kv_heads);
+        const int end = min(s.end, plan->team[shape->n_teams]);
+        int last = first;
+        while (last + 1 < shape->n_teams && plan->team[last + 1] < end)
+            last++;
+#pragma unroll 1
+        for (; turn < group; turn += n_warps) {
+            const int pass = turn / shape->pass_heads;
+            const uint8_t *own = stages + (int64_t)pass * warp_bytes + turn % shape->pass_heads * piece_floats(D) * (int)sizeof(float);
+            struct piece_list list = {(const float *)(own + (int64_t)first * shape->n_passes * warp_bytes),
+                                      (const float *)(own + (int64_t)last * shape->n_passes * warp_bytes),
+                                      shape->n_passes * warp_bytes / (int)sizeof(float), last - first + 1};
+            if (s.end < plan->team[last + 1])
+                list.last = shape->team_pieces + (((int64_t)blockIdx.x * shape->n_teams + last) * group + turn) * piece_floats(D);
+            head_deliver<D>(args, shape, plan, s, turn, list);
+        }
+        turn -= group;
+    }
+}
+
+/* ---- rows with nothing ---------------------------------------------------------------------------------------------------- */
+
+/* Padding, rows beyond the step's, and rows of which this rank has no token. Nothing is left of C_n and C_d either, unless another kernel
+ * has seen to them. A warp a head. */
+template <int D>
+__device__ __forceinline__ void empty_rows(const struct attend_args *args, const struct attend_shape *shape, const struct attend_plan *plan,
+                                           bool any_run) {
+    const int n_rows = attend_n_rows(args), warp = (int)(blockIdx.x * blockDim.x + threadIdx.x) / WARP;
+    const int n_warps = (int)(gridDim.x * blockDim.x) / WARP, lane = (int)threadIdx.x % WARP;
+#pragma unroll 1
+    for (int i = warp; i < args->n_rows * args->n_heads; i += n_warps) {
+        const int row = i / args->n_heads, head = i % args->n_heads;
+        if (plan->n_tiles[row] > 0 || (any_run && row < n_rows && attend_in_long_run(args->in, n_rows, row)))
+            continue;
+        const bool padding = row >= n_rows || args->in->row[row].seq < 0;
+        float *record = attend_record(args, row, head);
+        const float zeros[D / WARP] = {};
+        if (shape->out) {
+            head_store<D>(shape->out + (int64_t)i * D, lane, zeros);
+            continue;
+        }
+        for (int c = lane; c < (padding || shape->side.n_slices ? args->stride : D); c += WARP)
+            record[c] = 0.0f;
+        __syncwarp();
+        if (lane == 0)
+            attend_finish_record(args, record, -INFINITY, 0.0f);
+    }
+}
