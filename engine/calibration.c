@@ -8,6 +8,7 @@
 
 #include "engine/digest.h"
 #include "engine/map_file.h"
+#include "engine/model_config.h"
 #include "engine/safetensors.h"
 
 enum { TEXT_BYTES = 160 };
@@ -67,7 +68,7 @@ static int check_model(const struct calibration *cal, const struct model_file *m
     const char *weights;
     TRY(check_text(cal, "format", "kvlinc-calibration"));
     TRY(check_text(cal, "version", "1"));
-    TRY(check_text(cal, "architecture", "llama"));
+    TRY(check_text(cal, "architecture", model_config_arch_name(c->arch)));
     TRY(check_number(cal, "hidden", c->hidden));
     TRY(check_number(cal, "n_layers", c->n_layers));
     TRY(check_number(cal, "n_heads", c->n_heads));

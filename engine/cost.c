@@ -58,7 +58,7 @@ static int64_t n_corrected(const struct cache_spec *spec) {
 
 static int64_t weight_bytes(const struct holder *h) {
     const struct model_config *c = h->config;
-    int64_t floats = (2 * (int64_t)c->n_layers + 1) * c->hidden + c->head_dim / 2; /* norms and RoPE's frequencies */
+    int64_t floats = weights_norm_values(c) + c->head_dim / 2; /* and RoPE's frequencies */
     if (c->qkv_bias)
         floats += c->n_layers * h->qkv;
     floats += n_corrected(h->job->spec) * 2 * h->kv_heads * c->head_dim * h->job->features; /* phi_k and phi_q */

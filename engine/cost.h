@@ -33,9 +33,11 @@ struct cost_rates { /* a file of configs/clusters */
     int64_t reserved_bytes;    /* of it, taken by driver, libraries and recorded graphs */
     double read_rate;          /* bytes/s of one GPU */
     double gemm_rate;          /* FLOP/s, 16-bit products of many rows */
+    double weights_share;      /* products of few rows: of the read rate; 1 where a file does not say */
     double attention_share;    /* decode attention: of the read rate, long caches */
     double attention_s;        /* beside that, each time: planning, splits, their merge */
     double prefill_rate;       /* FLOP/s of exact causal attention, 2 n^2 d for each head */
+    double cached_rate;        /* the same over a cache, a block of rows at a time; 0: not known, reckoned as reading the cache */
     double launch_s;           /* each operation of a recorded step, whatever it does */
     double node_latency_s;     /* one message between nodes */
     double node_bandwidth;     /* bytes/s of each GPU to other nodes */
@@ -102,9 +104,12 @@ struct cost_step { /* seconds of one decode step, by what they go to */
 };
 void cost_decode(const struct cost_job *job, const struct cost_rates *rates, int64_t n_tokens, struct cost_step *out);
 
-struct cost_prefill { /* seconds of an exact prefill of one prompt; of a prompt within the window: its steps */
+struct cost_prefill { /* seconds of a prefill of one prompt */
     double dense, attention, activations, collectives, launches, total;
     double gather;      /* of weights, beside the others: counted where it takes longer */
     double flop;        /* of all ranks */
 };
+/* Exact; a prompt within the window goes as a cached one does. */
 void cost_prefill(const struct cost_job *job, const struct cost_rates *rates, int64_t n_tokens, struct cost_prefill *out);
+/* In steps of one block. */
+void cost_prefill_cached(const struct cost_job *job, const struct cost_rates *rates, int64_t n_tokens, struct cost_prefill *out);

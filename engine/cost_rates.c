@@ -27,9 +27,11 @@ static const struct field {
     {"reserved_bytes", KIND_BYTES, offsetof(struct cost_rates, reserved_bytes), false},
     {"read_rate", KIND_NUMBER, offsetof(struct cost_rates, read_rate), false},
     {"gemm_rate", KIND_NUMBER, offsetof(struct cost_rates, gemm_rate), false},
+    {"weights_share", KIND_NUMBER, offsetof(struct cost_rates, weights_share), true},
     {"attention_share", KIND_NUMBER, offsetof(struct cost_rates, attention_share), false},
     {"attention_us", KIND_MICROSECONDS, offsetof(struct cost_rates, attention_s), false},
     {"prefill_rate", KIND_NUMBER, offsetof(struct cost_rates, prefill_rate), false},
+    {"cached_rate", KIND_NUMBER, offsetof(struct cost_rates, cached_rate), true},
     {"launch_us", KIND_MICROSECONDS, offsetof(struct cost_rates, launch_s), false},
     {"node_latency_us", KIND_MICROSECONDS, offsetof(struct cost_rates, node_latency_s), true},
     {"node_bandwidth", KIND_NUMBER, offsetof(struct cost_rates, node_bandwidth), true},
@@ -178,8 +180,9 @@ static int check_rates(const bool *seen, const struct cost_rates *r) {
     if (r->gpus > r->gpus_per_node && (r->node_latency_s <= 0 || r->node_bandwidth <= 0))
         FAIL(STATUS_INPUT, "%d GPUs are more than the %d of a node: node_latency_us and node_bandwidth are needed", r->gpus,
              r->gpus_per_node);
-    if (r->attention_share > 1)
-        FAIL(STATUS_INPUT, "attention_share: %g, expected a share of the read rate up to 1", r->attention_share);
+    if (r->attention_share > 1 || r->weights_share > 1)
+        FAIL(STATUS_INPUT, "%s: %g, expected a share of the read rate up to 1",
+             r->attention_share > 1 ? "attention_share" : "weights_share", fmax(r->attention_share, r->weights_share));
     for (int i = 0; i < COST_N_COLLECTIVES; i++) {
         int n = r->n_curves[i], most = n ? r->curves[i][n - 1].ranks : 1;
         if (most < r->gpus_per_node)
@@ -208,7 +211,7 @@ static int parse_file(FILE *file, struct cost_rates *r) {
 }
 
 int cost_rates_read(const char *path, struct cost_rates *out) {
-    *out = (struct cost_rates){0};
+    *out = (struct cost_rates){.weights_share = 1};
     FILE *file = fopen(path, "re");
     if (!file)
         FAIL(STATUS_INPUT, "rates %s: %s", path, strerror(errno));

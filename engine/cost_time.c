@@ -6,9 +6,9 @@
 #include "engine/prefill.h"
 
 enum {
-    LAYER_OPS = 13, /* of a layer of a decode step, without merge and correction: norm, qkv, rope, flush, append, attend, o, add, norm,
-                       gate_up, silu, down, add */
-    STEP_OPS = 7,   /* beside the layers: step_begin, embed, norm, head, logits_process, sample, sample_merge */
+    LAYER_OPS = 11, /* of a layer of a decode step, without merge and correction: add and norm in one, qkv, rope, flush, append, attend, o,
+                       add and norm, gate_up, silu, down */
+    STEP_OPS = 8,   /* beside the layers: step_begin, embed, the last add, norm, head, logits_process, sample, sample_merge */
 };
 
 /* ---- collectives --------------------------------------------------------------------------------------------------- */
@@ -117,7 +117,8 @@ static void step_time(const struct cost_job *job, const struct cost_rates *rates
     int corrected = n_corrected(job->spec), layers = c->n_layers;
     double row_bytes = (double)rows * c->hidden * sizeof(float);
     /* two bytes and two operations for each weight and row */
-    out->weights = fmax((double)reads->weights / rates->read_rate, (double)reads->weights * (double)rows / rates->gemm_rate);
+    out->weights = fmax((double)reads->weights / (rates->read_rate * rates->weights_share),
+                        (double)reads->weights * (double)rows / rates->gemm_rate);
     out->attention = (double)reads->cache / (rates->read_rate * rates->attention_share) + layers * rates->attention_s;
     out->merge = corrected * merge_time(job, rates, &g.cp, rows, true) + (layers - corrected) * merge_time(job, rates, &g.cp, rows, false);
     out->sums = 2 * layers * cost_collective(rates, COST_ALL_REDUCE, &g.replica, row_bytes);
@@ -201,17 +202,20 @@ static double layer_ops(const struct cost_job *job, const struct prompt *p) {
     return 2 + tiles_of(p) * (3 + 1 + 2 * parts + 4 * parts + 1); /* norm, qkv, rope; attend; o and its sums; the MLP and its */
 }
 
-/* Prompts that the window holds go through steps of one block. */
-static void prefill_by_steps(const struct cost_job *job, const struct cost_rates *rates, int64_t n, struct cost_prefill *out) {
+void cost_prefill_cached(const struct cost_job *job, const struct cost_rates *rates, int64_t n, struct cost_prefill *out) {
+    const struct prompt p = prompt_make(job, n);
     struct cost_job one = *job;
     struct cost_reads reads;
     struct cost_step step;
     double steps = (double)ceil_div(n, KV_BLOCK);
+    *out = (struct cost_prefill){0};
     one.batch = 1;
     cost_reads(&one, 0, 0, n, &reads);
     step_time(&one, rates, min_i64(n, KV_BLOCK), &reads, &step);
     out->dense = steps * step.weights;
     out->attention = steps * step.attention;
+    if (rates->cached_rate > 0)
+        out->attention = job->config->n_layers * layer_attention_flop(job, &p) / rates->cached_rate;
     out->collectives = steps * (step.merge + step.sums + step.ends);
     out->launches = steps * step.launches;
     out->total = out->dense + out->attention + out->collectives + out->launches;
@@ -221,7 +225,7 @@ static void prefill_by_steps(const struct cost_job *job, const struct cost_rates
 void cost_prefill(const struct cost_job *job, const struct cost_rates *rates, int64_t n, struct cost_prefill *out) {
     *out = (struct cost_prefill){0};
     if (n <= job->spec->window + KV_BLOCK) {
-        prefill_by_steps(job, rates, n, out);
+        cost_prefill_cached(job, rates, n, out);
         return;
     }
     struct groups g = groups_make(job, rates);

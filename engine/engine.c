@@ -3,6 +3,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "engine/cost.h"
 #include "engine/engine_impl.h"
 
 /* ---- what an engine says of itself --------------------------------------------------------------------------------- */
@@ -38,6 +39,14 @@ int engine_fits(const struct engine *e, int64_t n_tokens) {
     const struct rank *r = &e->worker.rank;
     int64_t each = cache_pages_for(&e->spec, r->grid.cp, n_tokens); /* of the rank that has most */
     return each ? (int)min_i64(e->max_batch, r->cache.shape.n_pages / each) : e->max_batch;
+}
+
+void engine_cost_job(const struct engine *e, int batch, struct cost_job *out) {
+    const struct rank *r = &e->worker.rank;
+    *out = (struct cost_job){.config = r->config, .spec = &e->spec, .features = r->cache.shape.features, .context = e->context,
+                             .batch = batch, .tp = r->grid.tp, .cp = r->grid.cp, .merge = r->merge.kind,
+                             .prefill_gather = e->options.prefill_gather, .no_prefill = e->options.assume_prompts,
+                             .gpu = strcmp(backend_name(r->backend), "cuda") == 0};
 }
 
 void engine_read_bytes(const struct engine *e, int64_t n_tokens, int64_t *weights, int64_t *cache) {

@@ -81,6 +81,9 @@ int engine_fits(const struct engine *engine, int64_t n_tokens);
 /* Bytes that one decode step has to read, over all ranks: `weights` once for the step, `cache` for each sequence whose newest token is its
  * n-th. Of an embedding that is not the LM head too only a row is read. */
 void engine_read_bytes(const struct engine *engine, int64_t n_tokens, int64_t *weights, int64_t *cache);
+/* The job that engine/cost.h reckons with: this engine's model, cache and layout, decoding `batch` sequences. */
+struct cost_job;
+void engine_cost_job(const struct engine *engine, int batch, struct cost_job *out);
 /* Time that this rank's device spent so far, with options.profile: see backend_profile. */
 void engine_profile(const struct engine *engine, struct backend_times *times, struct backend_time *launches, int n);
 

@@ -91,12 +91,14 @@ static int attention(struct forward *f, int layer, int n) {
     const struct rank *r = f->rank;
     const struct cache *c = &r->cache;
     const struct cache_layer *cl = &c->layers[layer];
+    const struct layer_weights *w = &r->weights.layers[layer];
     const int32_t *live = &f->input->n_rows;
     bool correction = cl->features > 0;
     int stride = partial_stride(r->config->head_dim, correction);
     float *partial = merge_partial(&r->merge, n, correction);
     TRY(op_rope(r->stream, &(struct rope_args){.n_rows = n, .live = live, .qkv = f->qkv, .positions = f->positions,
-                                               .inv_freq = r->weights.inv_freq, .n_heads = rank_n_heads(r),
+                                               .inv_freq = r->weights.inv_freq, .q_norm = w->q_norm, .k_norm = w->k_norm,
+                                               .norm_eps = r->config->rms_eps, .n_heads = rank_n_heads(r),
                                                .n_kv_heads = rank_n_kv_heads(r), .head_dim = r->config->head_dim,
                                                .dtype = r->spec->window_type, .q = f->q, .k = f->k, .v = f->v}));
     TRY(op_flush(r->stream, &(struct flush_args){.in = f->input, .params = c->params, .layout = c->layout, .layer = *cl,
@@ -119,13 +121,24 @@ static int attention(struct forward *f, int layer, int n) {
     return merge_run(&r->merge, r->stream, n, live, correction, f->attention);
 }
 
-/* x += sum over ranks of w (rows at `from`). */
-static int add_projection(struct forward *f, int n, const float *from, int64_t ldx, const struct matrix *w, const char *what) {
+/* projected = sum over ranks of w (rows at `from`), for the residual stream. */
+static int project_residual(struct forward *f, int n, const float *from, int64_t ldx, const struct matrix *w, const char *what) {
     const struct rank *r = f->rank;
-    const int32_t *live = &f->input->n_rows;
-    TRY(rank_project(r, r->stream, n, live, from, ldx, w, NULL, f->projected));
-    TRY(rank_sum(r->replica, r->stream, what, f->projected, (int64_t)n * r->config->hidden));
-    return op_add(r->stream, &(struct add_args){n, live, r->config->hidden, f->x, f->projected});
+    TRY(rank_project(r, r->stream, n, &f->input->n_rows, from, ldx, w, NULL, f->projected));
+    return rank_sum(r->replica, r->stream, what, f->projected, (int64_t)n * r->config->hidden);
+}
+
+static int add_projected(struct forward *f, int n) {
+    const struct rank *r = f->rank;
+    return op_add(r->stream, &(struct add_args){n, &f->input->n_rows, r->config->hidden, f->x, f->projected});
+}
+
+/* Both, x += projected first. */
+static int add_norm(struct forward *f, int n, const float *weight) {
+    const struct rank *r = f->rank;
+    return op_add_rmsnorm(r->stream, &(struct add_rmsnorm_args){.n_rows = n, .live = &f->input->n_rows, .x = f->x, .y = f->projected,
+                                                                .weight = weight, .eps = r->config->rms_eps,
+                                                                .hidden = r->config->hidden, .out = f->norm});
 }
 
 static int norm(struct forward *f, int n, const float *weight) {
@@ -134,28 +147,41 @@ static int norm(struct forward *f, int n, const float *weight) {
                                                         .eps = r->config->rms_eps, .hidden = r->config->hidden, .out = f->norm});
 }
 
-int forward_layer(struct forward *f, int layer, int n) {
+/* From the rows' norm to what the layer adds to x last, which is left in `projected`. */
+static int layer_body(struct forward *f, int layer, int n) {
     const struct rank *r = f->rank;
     const struct layer_weights *w = &r->weights.layers[layer];
     const struct weights_slices *s = &r->weights.slices;
     const int32_t *live = &f->input->n_rows;
     int64_t hidden = r->config->hidden, inner = range_size(s->inner);
-    TRY(norm(f, n, w->attn_norm));
     TRY(rank_project(r, r->stream, n, live, f->norm, hidden, &w->qkv, w->qkv_bias, f->qkv));
     TRY(attention(f, layer, n));
     int64_t first_column = s->o_columns.begin - s->heads.begin * r->config->head_dim;
-    TRY(add_projection(f, n, f->attention + first_column, rank_heads_width(r), &w->o, "sum of o_proj"));
-    TRY(norm(f, n, w->mlp_norm));
+    TRY(project_residual(f, n, f->attention + first_column, rank_heads_width(r), &w->o, "sum of o_proj"));
+    TRY(add_norm(f, n, w->mlp_norm));
     TRY(rank_project(r, r->stream, n, live, f->norm, hidden, &w->gate_up, NULL, f->gate_up));
     TRY(op_silu_mul(r->stream, &(struct silu_mul_args){n, live, f->gate_up, inner, f->act}));
-    return add_projection(f, n, f->act, inner, &w->down, "sum of down_proj");
+    return project_residual(f, n, f->act, inner, &w->down, "sum of down_proj");
 }
 
+int forward_layer(struct forward *f, int layer, int n) {
+    TRY(norm(f, n, f->rank->weights.layers[layer].attn_norm));
+    TRY(layer_body(f, layer, n));
+    return add_projected(f, n);
+}
+
+/* The same layers in a row: what one adds goes into x together with the norm of the next. The head's norm takes other rows (its pick), so
+ * the last layer's stands alone. */
 static int launch_body(struct forward *f, int n) {
+    const struct layer_weights *layers = f->rank->weights.layers;
     TRY(embed(f, n));
-    for (int i = 0; i < f->rank->config->n_layers; i++)
-        TRY(forward_layer(f, i, n));
-    return STATUS_OK;
+    TRY(norm(f, n, layers[0].attn_norm));
+    for (int i = 0; i < f->rank->config->n_layers; i++) {
+        if (i > 0)
+            TRY(add_norm(f, n, layers[i].attn_norm));
+        TRY(layer_body(f, i, n));
+    }
+    return add_projected(f, n);
 }
 
 static int bucket_index(int bucket) {

@@ -17,8 +17,10 @@ enum {
 static const struct {
     const char *name;
     const char *class_name;
+    bool qk_norm;
 } archs[] = {
-    [MODEL_ARCH_LLAMA] = {"llama", "LlamaForCausalLM"},
+    [MODEL_ARCH_LLAMA] = {"llama", "LlamaForCausalLM", false},
+    [MODEL_ARCH_QWEN3] = {"qwen3", "Qwen3ForCausalLM", true},
 };
 enum { N_ARCHS = sizeof archs / sizeof *archs };
 
@@ -26,11 +28,12 @@ const char *model_config_arch_name(enum model_arch arch) { return archs[arch].na
 
 const char *model_config_arch_class(enum model_arch arch) { return archs[arch].class_name; }
 
-int model_config_find_arch(const char *name, enum model_arch *arch) {
+int model_config_set_arch(const char *name, struct model_config *config) {
     char known[256] = "";
     for (int i = 0; i < N_ARCHS; i++) {
         if (strcmp(archs[i].name, name) == 0) {
-            *arch = (enum model_arch)i;
+            config->arch = (enum model_arch)i;
+            config->qk_norm = archs[i].qk_norm;
             return STATUS_OK;
         }
         size_t at = strlen(known);

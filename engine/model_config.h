@@ -4,9 +4,9 @@
 
 #include "engine/gguf.h"
 
-/* The architecture that config.json calls `model_type` and GGUF `general.architecture`; an unknown one is an error that
- * lists those known. */
-int model_config_find_arch(const char *name, enum model_arch *arch);
+/* Sets the architecture that config.json calls `model_type` and GGUF `general.architecture`, and what it implies; an unknown
+ * one is an error that lists those known. */
+int model_config_set_arch(const char *name, struct model_config *config);
 const char *model_config_arch_name(enum model_arch arch);
 
 /* Hugging Face's class name for the architecture's language model, such as LlamaForCausalLM. */

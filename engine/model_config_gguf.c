@@ -148,7 +148,7 @@ int model_config_gguf_read(const struct gguf *gguf, struct model_config *config)
     TRY(gguf_get_text(gguf, "general.architecture", &arch));
     if (!arch)
         FAIL(STATUS_INPUT, "general.architecture is missing");
-    TRY(model_config_find_arch(arch, &config->arch));
+    TRY(model_config_set_arch(arch, config));
     TRY(read_sizes(gguf, config));
     TRY(read_head_dim(gguf, config));
     char key[KEY_BYTES];

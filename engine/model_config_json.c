@@ -79,7 +79,7 @@ static int read_arch(const json_t *root, struct model_config *config) {
     TRY(read_text(root, "model_type", &type));
     if (!type)
         FAIL(STATUS_INPUT, "model_type is missing");
-    TRY(model_config_find_arch(type, &config->arch));
+    TRY(model_config_set_arch(type, config));
     json_t *classes = get(root, "architectures");
     const char *wanted = model_config_arch_class(config->arch);
     const char *found = json_string_value(json_array_get(classes, 0));
@@ -88,15 +88,27 @@ static int read_arch(const json_t *root, struct model_config *config) {
     return STATUS_OK;
 }
 
-/* Fields that transformers' Llama knows and this program does not. */
-static int refuse_unsupported(const json_t *root) {
-    static const char *const biases[] = {"attention_bias", "mlp_bias"};
-    for (int i = 0; i < 2; i++) {
-        bool bias = false;
-        TRY(read_bool(root, biases[i], &bias));
-        if (bias)
-            FAIL(STATUS_INPUT, "%s: true is not supported, expected false", biases[i]);
+/* Kinds of attention by layer: one that sees a part of the context is another computation. */
+static int refuse_other_layers(const json_t *root) {
+    json_t *types = get(root, "layer_types");
+    for (size_t i = 0; i < json_array_size(types); i++) {
+        const char *type = json_string_value(json_array_get(types, i));
+        if (!type || strcmp(type, "full_attention") != 0)
+            FAIL(STATUS_INPUT, "layer_types: entry %zu is %.64s, expected full_attention", i, type ? type : "no text");
     }
+    return STATUS_OK;
+}
+
+/* Fields that transformers' Llama and Qwen3 know and this program does not. */
+static int refuse_unsupported(const json_t *root) {
+    static const char *const refused[] = {"attention_bias", "mlp_bias", "use_sliding_window"};
+    for (int i = 0; i < 3; i++) {
+        bool set = false;
+        TRY(read_bool(root, refused[i], &set));
+        if (set)
+            FAIL(STATUS_INPUT, "%s: true is not supported, expected false", refused[i]);
+    }
+    TRY(refuse_other_layers(root));
     const char *act = "silu";
     TRY(read_text(root, "hidden_act", &act));
     if (strcmp(act, "silu") != 0 && strcmp(act, "swish") != 0)

@@ -8,7 +8,7 @@
 #include "engine/model_config.h"
 #include "engine/model_parts.h"
 
-enum size { SIZE_NONE, SIZE_VOCAB, SIZE_HIDDEN, SIZE_INTERMEDIATE, SIZE_QUERY, SIZE_KEY };
+enum size { SIZE_NONE, SIZE_VOCAB, SIZE_HIDDEN, SIZE_INTERMEDIATE, SIZE_QUERY, SIZE_KEY, SIZE_HEAD };
 
 /* A tensor of the architecture: its name in both forms (in a layer: after the layer's prefix) and its shape. */
 struct role {
@@ -34,12 +34,27 @@ static const struct role llama_layer[] = {
     {"mlp.down_proj.weight", "ffn_down.weight", SIZE_HIDDEN, SIZE_INTERMEDIATE, false},
 };
 
+static const struct role qwen3_layer[] = {
+    {"input_layernorm.weight", "attn_norm.weight", SIZE_HIDDEN, SIZE_NONE, false},
+    {"self_attn.q_proj.weight", "attn_q.weight", SIZE_QUERY, SIZE_HIDDEN, false},
+    {"self_attn.k_proj.weight", "attn_k.weight", SIZE_KEY, SIZE_HIDDEN, false},
+    {"self_attn.v_proj.weight", "attn_v.weight", SIZE_KEY, SIZE_HIDDEN, false},
+    {"self_attn.q_norm.weight", "attn_q_norm.weight", SIZE_HEAD, SIZE_NONE, false},
+    {"self_attn.k_norm.weight", "attn_k_norm.weight", SIZE_HEAD, SIZE_NONE, false},
+    {"self_attn.o_proj.weight", "attn_output.weight", SIZE_HIDDEN, SIZE_QUERY, false},
+    {"post_attention_layernorm.weight", "ffn_norm.weight", SIZE_HIDDEN, SIZE_NONE, false},
+    {"mlp.gate_proj.weight", "ffn_gate.weight", SIZE_INTERMEDIATE, SIZE_HIDDEN, false},
+    {"mlp.up_proj.weight", "ffn_up.weight", SIZE_INTERMEDIATE, SIZE_HIDDEN, false},
+    {"mlp.down_proj.weight", "ffn_down.weight", SIZE_HIDDEN, SIZE_INTERMEDIATE, false},
+};
+
 /* The roles of one layer, by architecture. */
 static const struct {
     const struct role *roles;
     int n_roles;
 } layers[] = {
     [MODEL_ARCH_LLAMA] = {llama_layer, sizeof llama_layer / sizeof *llama_layer},
+    [MODEL_ARCH_QWEN3] = {qwen3_layer, sizeof qwen3_layer / sizeof *qwen3_layer},
 };
 
 static int64_t size_of(const struct model_config *config, enum size size) {
@@ -54,6 +69,8 @@ static int64_t size_of(const struct model_config *config, enum size size) {
         return (int64_t)config->n_heads * config->head_dim;
     case SIZE_KEY:
         return (int64_t)config->n_kv_heads * config->head_dim;
+    case SIZE_HEAD:
+        return config->head_dim;
     default:
         return 1;
     }

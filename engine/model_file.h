@@ -11,7 +11,7 @@
 
 enum { MODEL_MAX_DIMS = 4, MODEL_MAX_STOP_IDS = 16, MODEL_MAX_HEAD_DIM = 128 };
 
-enum model_arch { MODEL_ARCH_LLAMA }; /* others follow: a new value, a row in model_config.c's table */
+enum model_arch { MODEL_ARCH_LLAMA, MODEL_ARCH_QWEN3 }; /* others follow: a new value, a row in model_config.c's table */
 
 enum rope_kind { ROPE_DEFAULT, ROPE_LLAMA3, ROPE_LINEAR, ROPE_DIVISORS };
 
@@ -28,7 +28,7 @@ struct model_config {
     float rms_eps;
     bool tied;        /* LM head = embedding */
     bool qkv_bias;    /* place for Qwen2 */
-    bool qk_norm;     /* place for Qwen3 */
+    bool qk_norm;     /* RMSNorm of each head of q and k before RoPE (Qwen3) */
     enum rope_kind rope;
     double rope_theta;
     double rope_factor, rope_low_freq, rope_high_freq; /* ROPE_LLAMA3 and ROPE_LINEAR (factor) */
@@ -79,7 +79,8 @@ const void *model_file_row(const struct model_tensor *tensor, int64_t row);
 void model_config_inv_freq(const struct model_config *config, float *inv_freq);
 
 /* SHA-256, 64 hex digits and a NUL, over the float32 values of all norm weights (input and post-attention norms in layer
- * order, then the final norm): equal for every file format and quantization of one model, different for other weights. */
+ * order, with qk_norm those of q and k after them, then the final norm): equal for every file format and quantization of
+ * one model, different for other weights. */
 int model_file_fingerprint(const struct model_file *file, char hex[65]);
 
 /* What the tokenizer is made from. At most one of the two forms is set (neither: the model comes without a tokenizer,

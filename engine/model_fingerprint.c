@@ -16,11 +16,12 @@ static int add_norm(EVP_MD_CTX *sha, const struct model_file *file, const char *
 }
 
 static int add_norms(EVP_MD_CTX *sha, const struct model_file *file, float *values) {
-    for (int layer = 0; layer < model_file_config(file)->n_layers; layer++) {
+    static const char *const norms[] = {"input_layernorm", "post_attention_layernorm", "self_attn.q_norm", "self_attn.k_norm"};
+    const struct model_config *c = model_file_config(file);
+    int n = c->qk_norm ? 4 : 2;
+    for (int i = 0; i < c->n_layers * n; i++) {
         char name[96];
-        snprintf(name, sizeof name, "model.layers.%d.input_layernorm.weight", layer);
-        TRY(add_norm(sha, file, name, values));
-        snprintf(name, sizeof name, "model.layers.%d.post_attention_layernorm.weight", layer);
+        snprintf(name, sizeof name, "model.layers.%d.%s.weight", i / n, norms[i % n]);
         TRY(add_norm(sha, file, name, values));
     }
     return add_norm(sha, file, "model.norm.weight", values);
@@ -33,7 +34,7 @@ int model_file_fingerprint(const struct model_file *file, char hex[65]) {
     EVP_MD_CTX *sha = EVP_MD_CTX_new();
     if (!sha || EVP_DigestInit_ex(sha, EVP_sha256(), NULL) != 1)
         FAIL_GOTO(STATUS_FAILED, "SHA-256: OpenSSL cannot start");
-    TRY_GOTO(base_alloc(&values, (size_t)model_file_config(file)->hidden, sizeof *values));
+    TRY_GOTO(base_alloc(&values, (size_t)max_i64(model_file_config(file)->hidden, MODEL_MAX_HEAD_DIM), sizeof *values));
     TRY_GOTO(add_norms(sha, file, values));
     if (EVP_DigestFinal_ex(sha, digest, NULL) != 1)
         FAIL_GOTO(STATUS_FAILED, "SHA-256: OpenSSL cannot finish");

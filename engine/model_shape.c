@@ -18,7 +18,7 @@ struct field {
 #define AT(member) offsetof(struct model_config, member)
 
 static const struct field fields[] = {
-    {"shape", KIND_ARCH, AT(arch), false},
+    {"shape", KIND_ARCH, AT(arch), false}, /* sets what the architecture implies too */
     {"hidden", KIND_COUNT, AT(hidden), false},
     {"layers", KIND_COUNT, AT(n_layers), false},
     {"heads", KIND_COUNT, AT(n_heads), false},
@@ -74,7 +74,7 @@ static int read_value(const struct field *f, const char *text, struct model_conf
     double value;
     switch (f->kind) {
     case KIND_ARCH:
-        return model_config_find_arch(text, to);
+        return model_config_set_arch(text, config);
     case KIND_ROPE:
         return read_rope(text, to);
     case KIND_COUNT:

@@ -215,7 +215,8 @@ static int project_qkv(struct prefill *p, const struct layer_weights *w, uint8_t
         TRY(norm(p, n, p->x + first * hidden, w->attn_norm));
         TRY(rank_project(r, r->stream, n, NULL, p->norm, hidden, &w->qkv, w->qkv_bias, p->qkv));
         TRY(op_rope(r->stream, &(struct rope_args){.n_rows = n, .qkv = p->qkv, .positions = p->positions + first,
-                                                   .inv_freq = r->weights.inv_freq, .n_heads = rank_n_heads(r),
+                                                   .inv_freq = r->weights.inv_freq, .q_norm = w->q_norm, .k_norm = w->k_norm,
+                                                   .norm_eps = r->config->rms_eps, .n_heads = rank_n_heads(r),
                                                    .n_kv_heads = rank_n_kv_heads(r), .head_dim = r->config->head_dim,
                                                    .dtype = r->spec->window_type, .q = (uint8_t *)p->q + (size_t)first * q_row,
                                                    .k = k + (size_t)first * kv_row, .v = v + (size_t)first * kv_row}));

@@ -43,6 +43,11 @@ int64_t weights_slices_bytes(const struct model_config *c, const struct weights_
     return (c->n_layers * layer + vocab) * element;
 }
 
+int64_t weights_norm_values(const struct model_config *c) {
+    int64_t of_heads = c->qk_norm ? 2 * c->head_dim : 0;
+    return c->n_layers * (2 * (int64_t)c->hidden + of_heads) + c->hidden;
+}
+
 /* ---- rotation ------------------------------------------------------------------------------------------------------ */
 
 /* x <- x H for `n` groups of d values `stride` apart; H the orthonormal Sylvester-Hadamard matrix (symmetric). */
@@ -238,6 +243,18 @@ static int load_qkv(const struct loader *l, const struct weights *w, int layer, 
     return STATUS_OK;
 }
 
+/* The norms of q's and k's heads, where the model has them: every rank's heads share them. */
+static int load_head_norms(const struct loader *l, int layer, struct layer_weights *out) {
+    char name[NAME_BYTES];
+    int d = l->config->head_dim;
+    if (!l->config->qk_norm)
+        return STATUS_OK;
+    TRY(alloc_vector(l->backend, d, &out->q_norm));
+    TRY(alloc_vector(l->backend, d, &out->k_norm));
+    TRY(load_vector(l, layer_name(name, layer, "self_attn.q_norm.weight"), 0, d, 0, out->q_norm));
+    return load_vector(l, layer_name(name, layer, "self_attn.k_norm.weight"), 0, d, 0, out->k_norm);
+}
+
 static int load_sliced(const struct loader *l, const struct weights *w, int layer, bool rotate_v, bool o_whole,
                        struct layer_weights *out) {
     const struct model_config *c = l->config;
@@ -280,6 +297,7 @@ static int load_layer(const struct loader *l, const struct weights *w, const str
     TRY(load_vector(l, layer_name(name, layer, "input_layernorm.weight"), 0, hidden, 0, out->attn_norm));
     TRY(load_vector(l, layer_name(name, layer, "post_attention_layernorm.weight"), 0, hidden, 0, out->mlp_norm));
     TRY(load_qkv(l, w, layer, rotate_v, out));
+    TRY(load_head_norms(l, layer, out));
     return load_sliced(l, w, layer, rotate_v, o_whole, out);
 }
 
@@ -351,7 +369,8 @@ void weights_free(struct weights *w) {
     for (int i = 0; i < w->n_layers; i++) {
         struct layer_weights *l = &w->layers[i];
         bool o_apart = l->o.data && l->o.data != l->sliced;
-        void *blocks[] = {l->attn_norm, l->mlp_norm, l->qkv.data, l->qkv_bias, l->sliced, o_apart ? l->o.data : NULL};
+        void *blocks[] = {l->attn_norm, l->mlp_norm, l->qkv.data, l->qkv_bias, l->q_norm, l->k_norm, l->sliced,
+                          o_apart ? l->o.data : NULL};
         for (size_t k = 0; k < sizeof blocks / sizeof *blocks; k++)
             backend_free(w->backend, blocks[k]);
     }

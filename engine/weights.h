@@ -23,6 +23,8 @@ void weights_slices_make(const struct model_config *config, int tp, int tp_rank,
                          struct weights_slices *out);
 /* Bytes of the matrices of one rank, `element` bytes each. */
 int64_t weights_slices_bytes(const struct model_config *config, const struct weights_slices *slices, int element);
+/* Values of all norms: floats that every rank holds. */
+int64_t weights_norm_values(const struct model_config *config);
 
 struct matrix {
     void *data; /* [n_out][n_in], weights.dtype */
@@ -33,6 +35,7 @@ struct layer_weights {
     float *attn_norm, *mlp_norm; /* [hidden] */
     struct matrix qkv;           /* q rows, k rows, v rows of this tp rank */
     float *qkv_bias;             /* NULL without */
+    float *q_norm, *k_norm;      /* [head_dim], the same on every rank; NULL without */
     void *sliced;                /* one block: o, gate_up, down, in this order; exact prefill gathers it */
     struct matrix o;             /* [hidden][o_columns] */
     struct matrix gate_up;       /* gate rows, then up rows: [2 inner][hidden] */

@@ -602,7 +602,7 @@ static int cuda_stream_read(struct stream *stream, const void *data, size_t byte
 static int cuda_stream_peer_attend(struct stream *stream, const struct peer_attention *args, bool *done) {
     struct cuda_stream *s = stream_of(stream);
     TRY(enter(s));
-    return keep(s, cuda_dnn_decode(&s->launch, args, done));
+    return keep(s, cuda_dnn_peer_attend(&s->launch, args, done));
 }
 
 /* ---- opening --------------------------------------------------------------------------------------------------------- */

@@ -127,6 +127,7 @@ HOST_DEVICE static inline int partial_tail(int head_dim, bool correction) { retu
     X(step_begin)       \
     X(embed)            \
     X(rmsnorm)          \
+    X(add_rmsnorm)      \
     X(matmul)           \
     X(rope)             \
     X(flush)            \
@@ -198,6 +199,18 @@ struct rmsnorm_args {
     float *out; /* [n_rows][hidden] */
 };
 
+/* x += y, and out[i] = rmsnorm(x[i]) * weight: `add` and `rmsnorm` of the same rows in one, with their bits. */
+struct add_rmsnorm_args {
+    int n_rows;
+    const int32_t *live;
+    float *x;            /* [n_rows][hidden] */
+    const float *y;      /* [n_rows][hidden] */
+    const float *weight; /* [hidden] */
+    float eps;
+    int hidden;
+    float *out; /* [n_rows][hidden], neither x nor y */
+};
+
 /* y[i][o] = bias[o] + sum_k x[i * ldx + k] w[o][k]; products of w's dtype widened to float, sums in float. */
 struct matmul_args {
     int n_rows;
@@ -218,8 +231,10 @@ struct rope_args {
     int n_rows;
     const int32_t *live;
     const float *qkv; /* [n_rows][(n_heads + 2 n_kv_heads) * d]: q heads, k heads, v heads */
-    const int32_t *positions;
+    const int32_t *positions; /* [n_rows]; not written by the operation just before this one */
     const float *inv_freq; /* [d/2] */
+    const float *q_norm, *k_norm; /* [head_dim] or NULL: RMSNorm of each head before it is turned */
+    float norm_eps;
     int n_heads, n_kv_heads, head_dim;
     enum dtype dtype;
     void *q, *k, *v;

@@ -21,15 +21,17 @@ void rates_gemm_close(struct rates_gemm *gemm);
 /* The BLAS library in one line: name, version, kernels chosen for this machine. */
 const char *rates_blas(void);
 
-/* Attention of one new token in each of `batch` sequences of n tokens, as the vendor's library does it: stream_peer_attend. The first
- * call of a shape prepares it and is not recorded; at most eight shapes are in use by graphs. */
+/* Attention as the vendor's library does it: stream_peer_attend. Of one new token in each of `batch` sequences of n tokens, or (n_rows > 0)
+ * of the last n_rows tokens of one sequence, causal, as attend_exact has them. The first call of a shape prepares it and is not recorded;
+ * at most eight shapes are in use by graphs. */
 struct peer_attention {
     int batch, n_heads, n_kv_heads, head_dim;
     int64_t n;
+    int64_t n_rows;    /* 0: one new token in each sequence */
     enum dtype dtype; /* F16 or BF16, of all that follows */
     float scale;
     bool grouped;      /* the query heads of a KV head are given as so many rows of one head: the same result, another kernel perhaps */
-    const void *q;     /* [batch][n_heads][d] */
-    const void *k, *v; /* [batch][n_kv_heads][n][d] */
-    void *out;         /* [batch][n_heads][d] */
+    const void *q;     /* [batch or n_rows][n_heads][d] */
+    const void *k, *v; /* [batch][n_kv_heads][n][d]; with n_rows in one array, [n_kv_heads][K, V][n][d] */
+    void *out;         /* [batch or n_rows][n_heads][d] */
 };

@@ -8,6 +8,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "engine/model_config.h"
 #include "engine/safetensors.h"
 #include "engine/tokenizer.h"
 #include "engine/weights.h"
@@ -26,14 +27,6 @@ static int append(json_t *array, json_t *value) {
     return STATUS_OK;
 }
 
-static const char *arch_name(enum model_arch arch) {
-    switch (arch) {
-    case MODEL_ARCH_LLAMA:
-        return "llama";
-    }
-    return "?";
-}
-
 static const char *rope_name(enum rope_kind rope) {
     switch (rope) {
     case ROPE_DEFAULT:
@@ -50,7 +43,7 @@ static const char *rope_name(enum rope_kind rope) {
 
 static int describe_config(const struct model_config *c, json_t *facts) {
     json_t *stop = json_array();
-    TRY(put(facts, "architecture", json_string(arch_name(c->arch))));
+    TRY(put(facts, "architecture", json_string(model_config_arch_name(c->arch))));
     TRY(put(facts, "layers", json_integer(c->n_layers)));
     TRY(put(facts, "hidden", json_integer(c->hidden)));
     TRY(put(facts, "query_heads", json_integer(c->n_heads)));
@@ -153,7 +146,7 @@ static int describe_rank(const struct options *options, const struct model_confi
     bool fused = strcmp(options->engine.merge, "fused") == 0, wide = strcmp(options->engine.weights, "f32") == 0;
     weights_slices_make(c, grid->tp, grid->tp_rank, grid->cp, grid->cp_rank, fused, &slices);
     int64_t matrices = weights_slices_bytes(c, &slices, (int)(wide ? sizeof(float) : sizeof(uint16_t)));
-    int64_t norms = (2 * (int64_t)c->n_layers + 1) * c->hidden * (int64_t)sizeof(float);
+    int64_t norms = weights_norm_values(c) * (int64_t)sizeof(float);
     json_t *out = json_object();
     TRY(append(ranks, out));
     TRY(put(out, "rank", json_integer(rank)));

@@ -1,6 +1,7 @@
 /* The small dense operations between the matrix products: row lookup, norm, gated activation, residual sum. Rows are spread over
  * threads; within a row everything is done by one thread in a fixed order. */
 #include "kernels/cpu/cpu.h"
+#include "kernels/cpu/norm.h"
 #include "kernels/cpu/simd.h"
 
 enum { PARALLEL_MIN = 1 << 15 }; /* values below which waking other threads costs more than it saves */
@@ -30,19 +31,6 @@ void cpu_embed(const struct embed_args *args) {
     }
 }
 
-/* Mean of squares, summed in double over eight lanes. */
-static float mean_square(const float *x, int64_t n) {
-    double lane[8] = {0};
-    int64_t k = 0;
-    for (; k + 8 <= n; k += 8)
-        for (int j = 0; j < 8; j++)
-            lane[j] += (double)x[k + j] * (double)x[k + j];
-    for (; k < n; k++)
-        lane[0] += (double)x[k] * (double)x[k];
-    double sum = ((lane[0] + lane[4]) + (lane[1] + lane[5])) + ((lane[2] + lane[6]) + (lane[3] + lane[7]));
-    return (float)(sum / (double)n);
-}
-
 void cpu_rmsnorm(const struct rmsnorm_args *args) {
     int64_t n = cpu_live_rows(args->n_rows, args->live);
     int64_t hidden = args->hidden;
@@ -50,10 +38,15 @@ void cpu_rmsnorm(const struct rmsnorm_args *args) {
     for (int64_t i = 0; i < n; i++) {
         const float *x = args->x + (args->pick ? args->pick[i].row : i) * hidden;
         float *out = args->out + i * hidden;
-        float factor = 1.0f / sqrtf(mean_square(x, hidden) + args->eps);
+        float factor = norm_factor(x, hidden, args->eps);
         for (int64_t k = 0; k < hidden; k++)
             out[k] = args->weight[k] * (x[k] * factor);
     }
+}
+
+void cpu_add_rmsnorm(const struct add_rmsnorm_args *args) {
+    cpu_add(&(struct add_args){args->n_rows, args->live, args->hidden, args->x, args->y});
+    cpu_rmsnorm(&(struct rmsnorm_args){args->n_rows, args->live, NULL, args->x, args->weight, args->eps, args->hidden, args->out});
 }
 
 static struct v16 silu_mul(struct v16 gate, struct v16 up) {

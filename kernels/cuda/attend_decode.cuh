@@ -277,10 +277,11 @@ __device__ __forceinline__ void decode_walk(struct decode_warp<C> &w, struct att
     uint32_t parity = 0;
 #pragma unroll 1
     for (int i = -n_stages; i < n; i++) { /* tile i is computed, tile i + n_stages copied into the stage that it leaves */
+        const struct attend_tile tile = plan_tile<C::D, C::SLICED>(w.args, &plan->view[w.at.row], w.at.kv_head, w.at.index, 0);
+        if (i >= 0 || i == -n_stages) /* the first before any copy: behind them it would wait until they are through */
+            decode_load_query<C>(w, decode_takes_codes<C>(w, tile));
         if (i >= 0) {
             const uint8_t *data = w.stages + stage * w.shape->stage_bytes;
-            const struct attend_tile tile = plan_tile<C::D, C::SLICED>(w.args, &plan->view[w.at.row], w.at.kv_head, w.at.index, 0);
-            decode_load_query<C>(w, decode_takes_codes<C>(w, tile));
             stage_wait(w.barriers + stage, parity, n_stages);
             if (!tile.page)
                 decode_slice<C>(w, data, tile.n);

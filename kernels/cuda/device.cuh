@@ -38,7 +38,12 @@ template <> __device__ inline float device_narrow<float>(float x) { return x; }
 /* Programmatic dependent launch. A kernel that is launched by launch_early is brought up while the one in front of it still runs. Every
  * thread block of it calls wait_for_earlier before it ends, and before it reads what the kernel in front writes or writes what that one
  * reads. It calls let_later_begin after that, never before: so a kernel knows, even before it waits, that everything older than the
- * one right in front of it is done. Launched otherwise, both do nothing. */
+ * one right in front of it is done. Launched otherwise, both do nothing.
+ *
+ * Read before the wait is what no operation of a step writes: weights (with biases, norms, frequencies), the step's input (*live is part
+ * of it) and the sequences' parameters. Uploads are ordered in full; a kernel that makes such data has another one between it and the
+ * first that reads them. What the kernel in front may write is read by plain loads: for the compiler a load through __ldg has no
+ * place of its own, and may move in front of the wait. */
 __device__ static inline void wait_for_earlier(void) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.wait;" ::: "memory");
@@ -51,21 +56,30 @@ __device__ static inline void let_later_begin(void) {
 }
 
 #ifdef __CUDACC__
-/* Launches a kernel that keeps to these rules. Devices before 9.0 launch it as any other. */
+/* Launches a kernel that keeps to these rules, `cluster` blocks along x in a cluster. Devices before 9.0 launch it as any other, and have
+ * no clusters: 1. */
 template <typename... P, typename... A>
-static inline cudaError_t launch_early(const struct cuda_launch *launch, void (*kernel)(P...), dim3 grid, unsigned threads, size_t shared,
-                                       const A &...args) {
-    cudaLaunchAttribute early = {};
-    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    early.val.programmaticStreamSerializationAllowed = 1;
+static inline cudaError_t launch_early_clusters(const struct cuda_launch *launch, void (*kernel)(P...), dim3 grid, unsigned threads,
+                                                size_t shared, unsigned cluster, const A &...args) {
+    cudaLaunchAttribute attributes[2] = {};
+    attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[0].val.programmaticStreamSerializationAllowed = 1;
+    attributes[1].id = cudaLaunchAttributeClusterDimension;
+    attributes[1].val.clusterDim.x = cluster, attributes[1].val.clusterDim.y = 1, attributes[1].val.clusterDim.z = 1;
     cudaLaunchConfig_t config = {};
     config.gridDim = grid;
     config.blockDim = dim3(threads);
     config.dynamicSmemBytes = shared;
     config.stream = cuda_stream_of(launch);
-    config.attrs = &early;
-    config.numAttrs = launch->architecture >= 90 ? 1 : 0;
+    config.attrs = attributes;
+    config.numAttrs = launch->architecture < 90 ? 0 : cluster > 1 ? 2 : 1;
     return cudaLaunchKernelEx(&config, kernel, args...);
+}
+
+template <typename... P, typename... A>
+static inline cudaError_t launch_early(const struct cuda_launch *launch, void (*kernel)(P...), dim3 grid, unsigned threads, size_t shared,
+                                       const A &...args) {
+    return launch_early_clusters(launch, kernel, grid, threads, shared, 1, args...);
 }
 #endif
 

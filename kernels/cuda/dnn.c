@@ -480,20 +480,28 @@ bool cuda_dnn_pays(const struct attend_exact_args *args) {
     return args->n_rows >= DNN_MIN_ROWS && 4.0 * seen * args->head_dim * args->n_heads >= DNN_MIN_OPERATIONS;
 }
 
-int cuda_dnn_attend(const struct cuda_launch *launch, const struct attend_exact_args *args, bool *done) {
-    struct cuda_dnn *dnn = launch->dnn;
+/* The shape's plan: known already, or made now, which needs a stream that is not captured. *out is NULL for a new shape while it is. */
+static int plan_take(struct cuda_dnn *dnn, const struct cuda_launch *launch, const struct dnn_shape *shape, struct dnn_plan **out) {
     enum cudaStreamCaptureStatus capture;
-    *done = false;
+    *out = plan_recall(dnn, shape);
+    if (*out)
+        return STATUS_OK;
     cudaError_t error = cudaStreamIsCapturing((cudaStream_t)launch->stream, &capture);
     if (error != cudaSuccess)
-        FAIL(STATUS_FAILED, "CUDA: attend_exact: is the stream captured: %s", cudaGetErrorString(error));
-    if (capture != cudaStreamCaptureStatusNone || (uintptr_t)args->out % 16 != 0 || !is_ready(dnn))
+        FAIL(STATUS_FAILED, "CUDA: cuDNN's attention: is the stream captured: %s", cudaGetErrorString(error));
+    return capture == cudaStreamCaptureStatusNone ? plan_find(dnn, shape, (cudaStream_t)launch->stream, out) : STATUS_OK;
+}
+
+int cuda_dnn_attend(const struct cuda_launch *launch, const struct attend_exact_args *args, bool *done) {
+    struct cuda_dnn *dnn = launch->dnn;
+    *done = false;
+    if ((uintptr_t)args->out % 16 != 0 || !is_ready(dnn))
         return STATUS_OK;
     struct dnn_shape shape = {.n_rows = args->n_rows, .n_keys = args->first + args->n_rows, .n = args->n, .n_heads = args->n_heads,
                               .n_kv_heads = args->n_kv_heads, .head_dim = args->head_dim, .dtype = (int32_t)args->dtype, .batch = 1};
     struct dnn_plan *plan = NULL;
-    TRY(plan_find(dnn, &shape, (cudaStream_t)launch->stream, &plan));
-    if (!plan->plan)
+    TRY(plan_take(dnn, launch, &shape, &plan));
+    if (!plan || !plan->plan)
         return STATUS_OK;
     int64_t n_values = args->n_rows * args->n_heads * args->head_dim;
     const uint8_t *k = (const uint8_t *)args->kv, *v = k + dtype_bytes(args->dtype, args->n * args->head_dim);
@@ -503,24 +511,28 @@ int cuda_dnn_attend(const struct cuda_launch *launch, const struct attend_exact_
     return STATUS_OK;
 }
 
-int cuda_dnn_decode(const struct cuda_launch *launch, const struct peer_attention *args, bool *done) {
+static struct dnn_shape peer_shape(const struct peer_attention *args) {
+    struct dnn_shape shape = {.n_rows = args->n_rows, .n_keys = args->n, .n = args->n, .n_heads = args->n_heads,
+                              .n_kv_heads = args->n_kv_heads, .head_dim = args->head_dim, .dtype = (int32_t)args->dtype, .batch = 1};
+    if (args->n_rows > 0)
+        return shape;
+    shape.decode = 1;
+    shape.batch = args->batch;
+    shape.n_heads = args->grouped ? args->n_kv_heads : args->n_heads;
+    shape.n_rows = args->grouped ? args->n_heads / args->n_kv_heads : 1;
+    return shape;
+}
+
+int cuda_dnn_peer_attend(const struct cuda_launch *launch, const struct peer_attention *args, bool *done) {
     struct cuda_dnn *dnn = launch->dnn;
-    int group = args->n_heads / args->n_kv_heads;
-    enum cudaStreamCaptureStatus capture;
     *done = false;
     if (!dnn || !is_ready(dnn))
         return STATUS_OK;
-    struct dnn_shape shape = {.n_rows = args->grouped ? group : 1, .n_keys = args->n, .n = args->n,
-                              .n_heads = args->grouped ? args->n_kv_heads : args->n_heads, .n_kv_heads = args->n_kv_heads,
-                              .head_dim = args->head_dim, .dtype = (int32_t)args->dtype, .decode = 1, .batch = args->batch};
-    struct dnn_plan *plan = plan_recall(dnn, &shape);
-    cudaError_t error = cudaStreamIsCapturing((cudaStream_t)launch->stream, &capture);
-    if (error != cudaSuccess)
-        FAIL(STATUS_FAILED, "CUDA: cuDNN's attention: is the stream captured: %s", cudaGetErrorString(error));
-    if (!plan && capture != cudaStreamCaptureStatusNone)
-        FAIL(STATUS_USAGE, "cuDNN's attention over %lld keys: the first call of a shape cannot be recorded", (long long)args->n);
+    struct dnn_shape shape = peer_shape(args);
+    struct dnn_plan *plan = NULL;
+    TRY(plan_take(dnn, launch, &shape, &plan));
     if (!plan)
-        TRY(plan_find(dnn, &shape, (cudaStream_t)launch->stream, &plan));
+        FAIL(STATUS_USAGE, "cuDNN's attention over %lld keys: the first call of a shape cannot be recorded", (long long)args->n);
     if (!plan->plan)
         return STATUS_OK;
     TRY(execute(dnn, plan, launch, args->q, args->k, args->v, args->scale, args->out));
@@ -595,7 +607,7 @@ int cuda_dnn_attend(const struct cuda_launch *launch, const struct attend_exact_
     *done = false;
     return STATUS_OK;
 }
-int cuda_dnn_decode(const struct cuda_launch *launch, const struct peer_attention *args, bool *done) {
+int cuda_dnn_peer_attend(const struct cuda_launch *launch, const struct peer_attention *args, bool *done) {
     (void)launch, (void)args;
     *done = false;
     return STATUS_OK;

@@ -1,8 +1,9 @@
 /* Decode's writes to the cache: new rows into 16-bit slots, and full blocks from their slot into a page.
  *
  * How many blocks a step flushes is known on the device only, and most steps flush none. So a grid of about one wave strides over the
- * events and leaves at once where there are none. States are summed by a second kernel, which reads the records just written; the
- * events of one sequence are added by one CTA in the order of the step, those of different sequences side by side. */
+ * events and leaves at once where there are none; the kernels begin early (device.cuh) and know that before they wait. States are summed
+ * by a second kernel, which reads the records just written; the events of one sequence are added by one CTA in the order of the step,
+ * those of different sequences side by side. */
 #include "kernels/cuda/states.cuh"
 
 enum {
@@ -15,6 +16,8 @@ template <typename T, int D>
 static __global__ void __launch_bounds__(ENCODE_THREADS) flush_kernel(const __grid_constant__ struct flush_args args) {
     __shared__ struct encode_shared<T, D> shared;
     int part = blockIdx.x, head = blockIdx.y, n_flush = args.in->n_flush;
+    wait_for_earlier();
+    let_later_begin();
     for (int e = blockIdx.z; e < n_flush; e += gridDim.z) {
         struct step_flush event = args.in->flush[e];
         if (event.page < 0)
@@ -42,6 +45,8 @@ static __global__ void __launch_bounds__(STATES_THREADS, 1) flush_states_kernel(
     struct states_shared<D> *shared = (struct states_shared<D> *)memory;
     const struct step_input *in = args.in;
     int slice = blockIdx.x, head = blockIdx.y, n_flush = in->n_flush;
+    wait_for_earlier();
+    let_later_begin();
     for (int e = blockIdx.z; e < n_flush; e += gridDim.z) {
         int seq = in->flush[e].seq;
         if (in->flush[e].page < 0 || flush_is_later(in, e))
@@ -70,7 +75,7 @@ static unsigned flush_stride(int n_wanted, int n_others) {
 template <typename T, int D> static int flush_launch(const struct cuda_launch *launch, const struct flush_args *args) {
     unsigned n_heads = (unsigned)args->layout.n_kv_heads;
     dim3 grid(2, n_heads, flush_stride(ENCODE_WAVES * launch->n_sms, 2 * (int)n_heads));
-    flush_kernel<T, D><<<grid, ENCODE_THREADS, 0, cuda_stream_of(launch)>>>(*args);
+    (void)launch_early(launch, flush_kernel<T, D>, grid, ENCODE_THREADS, 0, *args);
     CHECK_LAUNCH("flush");
     if (!states_are_on(&args->layer))
         return STATUS_OK;
@@ -78,7 +83,7 @@ template <typename T, int D> static int flush_launch(const struct cuda_launch *l
     unsigned n_slices = (unsigned)states_n_slices(&args->layer);
     grid = dim3(n_slices, n_heads, flush_stride(launch->n_sms, (int)(n_slices * n_heads)));
     cudaFuncSetAttribute(flush_states_kernel<T, D>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-    flush_states_kernel<T, D><<<grid, STATES_THREADS, bytes, cuda_stream_of(launch)>>>(*args);
+    (void)launch_early(launch, flush_states_kernel<T, D>, grid, STATES_THREADS, (size_t)bytes, *args);
     CHECK_LAUNCH("flush states");
     return STATUS_OK;
 }
@@ -93,19 +98,25 @@ extern "C" int cuda_flush(const struct cuda_launch *launch, const struct flush_a
     return half ? flush_launch<__half, 64>(launch, args) : flush_launch<__nv_bfloat16, 64>(launch, args);
 }
 
-/* grid: row. Vector v of a row's n_kv_heads * head_dim values of K, then as many of V; rows of a slot are whole vectors. Only rows below
- * in->n_rows <= STEP_MAX_ROWS are looked at. */
+/* Whether this rank keeps row i of the step, which then is *row. Only rows below in->n_rows <= STEP_MAX_ROWS are looked at. */
+__device__ static inline bool append_keeps(const struct append_args *args, int i, struct step_row *row) {
+    if (i >= args->in->n_rows)
+        return false;
+    *row = args->in->row[i];
+    return row->seq >= 0 && cache_owns(&args->layout, row->position / KV_BLOCK, args->params[row->seq].owner_offset);
+}
+
+/* grid: row. Vector v of a row's n_kv_heads * head_dim values of K, then as many of V; rows of a slot are whole vectors. */
 static __global__ void __launch_bounds__(APPEND_THREADS) append_kernel(const __grid_constant__ struct append_args args) {
     const struct cache_layout *layout = &args.layout;
     int i = blockIdx.x;
-    if (i >= args.in->n_rows)
-        return;
-    struct step_row row = args.in->row[i];
-    if (row.seq < 0)
+    struct step_row row;
+    bool keeps = append_keeps(&args, i, &row);
+    wait_for_earlier();
+    let_later_begin();
+    if (!keeps)
         return;
     int64_t block = row.position / KV_BLOCK;
-    if (!cache_owns(layout, block, args.params[row.seq].owner_offset))
-        return;
     int row_vectors = layout->head_dim / ENCODE_VECTOR, n = layout->n_kv_heads * row_vectors;
     for (int v = threadIdx.x; v < 2 * n; v += APPEND_THREADS) {
         int part = v >= n, in_part = v - part * n, head = in_part / row_vectors;
@@ -119,7 +130,7 @@ extern "C" int cuda_append(const struct cuda_launch *launch, const struct append
     TRY(encode_check_cache(&args->layout, &args->layer, "append"));
     if (!encode_aligned(args->k) || !encode_aligned(args->v))
         FAIL(STATUS_USAGE, "cuda append: K and V must lie at multiples of 16 bytes");
-    append_kernel<<<STEP_MAX_ROWS, APPEND_THREADS, 0, cuda_stream_of(launch)>>>(*args);
+    (void)launch_early(launch, append_kernel, dim3(STEP_MAX_ROWS), APPEND_THREADS, 0, *args);
     CHECK_LAUNCH("append");
     return STATUS_OK;
 }

@@ -7,6 +7,8 @@
  *    into two TF32 numbers (high and low), which leaves off less than 2^-21 of it and keeps the range of float. A k-step of 8 takes
  *    the columns that make both operands 16-byte loads straight into registers: weights pass no shared memory. The warps of a
  *    block, and on Hopper the blocks of a cluster, share the sum over k of one tile of outputs and add up in a fixed order.
+ *    Both begin early (device.cuh) and fetch their first weights, as many as registers hold, before they wait for x: the weights' way
+ *    through DRAM goes on while the small kernels between two products run.
  * More rows (prefill): x is rounded to the weights' type and cuBLASLt multiplies. */
 #include "kernels/cuda/blas.h"
 #include "kernels/cuda/device.cuh"
@@ -32,12 +34,13 @@ enum {
 
 /* ---- loads and fragments ------------------------------------------------------------------------------------------- */
 
-/* 16 bytes of weights, which are read once: not kept in L1, where x lies. Zeros, and no access, unless valid. */
+/* 16 bytes of weights, which are read once: not kept in L1, where x lies. Zeros, and no access, unless valid. No .nc, which ptxas would
+ * move behind the wait for x. */
 __device__ static inline uint4 load_once(const void *from, bool valid) {
     uint4 to;
     asm volatile("{\n\t.reg .pred p;\n\tsetp.ne.s32 p, %5, 0;\n\t"
                  "mov.u32 %0, 0;\n\tmov.u32 %1, 0;\n\tmov.u32 %2, 0;\n\tmov.u32 %3, 0;\n\t"
-                 "@p ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];\n\t}"
+                 "@p ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];\n\t}"
                  : "=&r"(to.x), "=&r"(to.y), "=&r"(to.z), "=&r"(to.w)
                  : "l"(from), "r"((int)valid));
     return to;
@@ -76,17 +79,25 @@ template <typename T> __device__ static inline float weight_at(const uint4 &v, i
 }
 template <> __device__ inline float weight_at<float>(const uint4 &v, int i) { return __uint_as_float(word_of(v, i)); }
 
-/* N floats from a 16-byte aligned place (any place if N is 1); zeros, and no access, unless valid. */
+/* N floats from a 16-byte aligned place (any place if N is 1); zeros, and no access, unless valid. Plain loads: the kernel in front may
+ * write x. */
 template <int N> __device__ static inline void load_x(const float *from, bool valid, float (&to)[N]) {
     static_assert(N == 1 || N % 4 == 0, "one float or whole vectors");
     if constexpr (N == 1)
-        to[0] = valid ? __ldg(from) : 0.0f;
+        to[0] = valid ? *from : 0.0f;
     else
 #pragma unroll
         for (int i = 0; i < N / 4; i++) {
-            float4 four = valid ? __ldg((const float4 *)from + i) : make_float4(0, 0, 0, 0);
+            float4 four = valid ? ((const float4 *)from)[i] : make_float4(0, 0, 0, 0);
             to[4 * i] = four.x, to[4 * i + 1] = four.y, to[4 * i + 2] = four.z, to[4 * i + 3] = four.w;
         }
+}
+
+/* Asks for `bytes` of weights, a multiple of 16 from a 16-byte aligned place, to be brought to L2. Before Hopper nothing begins early. */
+__device__ static inline void prefetch_weights(const void *from, uint32_t bytes) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
+#endif
 }
 
 /* The upper 19 bits: sign, exponent and the 10 bits of fraction of a TF32 number. */
@@ -106,17 +117,21 @@ __device__ static inline void store_y(const struct matmul_args &a, int64_t row, 
 
 /* ---- dot ------------------------------------------------------------------------------------------------------------ */
 
-/* UNROLL steps of a warp, `stride` columns apart, the first at column k of this lane. All loads of weights go out before the first is used.
- * CHECKED: columns from n_in on count as zeros. */
-template <typename T, int VEC, int ROWS, int UNROLL, bool CHECKED>
-__device__ static inline void dot_steps(float (&sums)[ROWS][DOT_OUTS], const T *const (&w)[DOT_OUTS], const float *const (&x)[ROWS], int k,
-                                        int stride, int n_in) {
-    uint4 raw[UNROLL][DOT_OUTS];
+/* The weights of UNROLL steps of a warp, `stride` columns apart, the first at column k of this lane. CHECKED: columns from n_in on count
+ * as zeros. */
+template <typename T, int VEC, int UNROLL, bool CHECKED>
+__device__ static inline void dot_load(uint4 (&raw)[UNROLL][DOT_OUTS], const T *const (&w)[DOT_OUTS], int k, int stride, int n_in) {
 #pragma unroll
     for (int u = 0; u < UNROLL; u++)
 #pragma unroll
         for (int o = 0; o < DOT_OUTS; o++)
             raw[u][o] = load_weights<T, VEC>(w[o] + (k + u * stride), !CHECKED || k + u * stride < n_in);
+}
+
+/* The sums over the same steps. */
+template <typename T, int VEC, int ROWS, int UNROLL, bool CHECKED>
+__device__ static inline void dot_add(float (&sums)[ROWS][DOT_OUTS], const uint4 (&raw)[UNROLL][DOT_OUTS], const float *const (&x)[ROWS],
+                                      int k, int stride, int n_in) {
 #pragma unroll
     for (int u = 0; u < UNROLL; u++) {
         float v[ROWS][VEC];
@@ -135,6 +150,32 @@ __device__ static inline void dot_steps(float (&sums)[ROWS][DOT_OUTS], const T *
     }
 }
 
+/* All loads of weights go out before the first is used. */
+template <typename T, int VEC, int ROWS, int UNROLL, bool CHECKED>
+__device__ static inline void dot_steps(float (&sums)[ROWS][DOT_OUTS], const T *const (&w)[DOT_OUTS], const float *const (&x)[ROWS], int k,
+                                        int stride, int n_in) {
+    uint4 raw[UNROLL][DOT_OUTS];
+    dot_load<T, VEC, UNROLL, CHECKED>(raw, w, k, stride, n_in);
+    dot_add<T, VEC, ROWS, UNROLL, CHECKED>(sums, raw, x, k, stride, n_in);
+}
+
+/* The first steps, around the wait for x: their weights come into registers meanwhile, those of as many steps after them into L2, for
+ * which one warp of each `split` asks. */
+template <typename T, int VEC, int ROWS, int UNROLL>
+__device__ static inline void dot_first_steps(float (&sums)[ROWS][DOT_OUTS], const T *const (&w)[DOT_OUTS], const float *const (&x)[ROWS],
+                                              int k, int stride, int n_in) {
+    uint4 raw[UNROLL][DOT_OUTS];
+    int after = UNROLL * stride;
+    dot_load<T, VEC, UNROLL, true>(raw, w, k, stride, n_in);
+    if (VEC > 1 && k == 0 && after < n_in)
+#pragma unroll
+        for (int o = 0; o < DOT_OUTS; o++)
+            prefetch_weights(w[o] + after, (uint32_t)(min(after, n_in - after) * (int)sizeof(T)));
+    wait_for_earlier();
+    let_later_begin();
+    dot_add<T, VEC, ROWS, UNROLL, true>(sums, raw, x, k, stride, n_in);
+}
+
 /* Block b: rows of x from (b % n_groups) ROWS on, so that the groups of one tile of weights run side by side and find it in L2.
  * `split` warps share the sum over k of DOT_OUTS weight rows. In bounds: weight and x rows are clamped to the last that there is (their
  * sums are not stored); the unchecked steps end at or before n_in, the others check (n_in is a multiple of VEC: a vector is inside or
@@ -147,8 +188,10 @@ dot_kernel(struct matmul_args a, int split, int n_groups) {
     int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, n_in = (int)a.n_in, stride = split * STEP;
     int64_t live = device_live_rows(a.n_rows, a.live), row = (int64_t)(blockIdx.x % n_groups) * ROWS;
     int64_t first_out = (int64_t)(blockIdx.x / n_groups) * (DOT_WARPS / split) * DOT_OUTS;
-    if (row >= live)
+    if (row >= live) {
+        wait_for_earlier();
         return;
+    }
     const T *w[DOT_OUTS];
     const float *x[ROWS];
     float sums[ROWS][DOT_OUTS] = {};
@@ -159,6 +202,8 @@ dot_kernel(struct matmul_args a, int split, int n_groups) {
     for (int r = 0; r < ROWS; r++)
         x[r] = a.x + min_i64(row + r, live - 1) * a.ldx;
     int first = warp % split * STEP; /* column of the warp's next step */
+    dot_first_steps<T, VEC, ROWS, UNROLL>(sums, w, x, first + lane * VEC, stride, n_in);
+    first += UNROLL * stride;
     for (; first + (UNROLL - 1) * stride + STEP <= n_in; first += UNROLL * stride)
         dot_steps<T, VEC, ROWS, UNROLL, false>(sums, w, x, first + lane * VEC, stride, n_in);
     for (; first < n_in; first += DOT_TAIL * stride)
@@ -187,7 +232,7 @@ template <typename T, int VEC, int ROWS> static void dot_start(const struct cuda
     while (split < DOT_WARPS && n_tasks * n_groups * split < (int64_t)launch->n_sms * DOT_WARPS_PER_SM && split * WARP * VEC < a->n_in)
         split *= 2;
     int64_t n_blocks = ceil_div(n_tasks, DOT_WARPS / split) * n_groups;
-    dot_kernel<T, VEC, ROWS><<<(unsigned)n_blocks, DOT_WARPS * WARP, 0, cuda_stream_of(launch)>>>(*a, split, n_groups);
+    (void)launch_early(launch, dot_kernel<T, VEC, ROWS>, dim3((unsigned)n_blocks), DOT_WARPS * WARP, 0, *a, split, n_groups);
 }
 
 static bool aligned_16(const void *pointer) { return (uintptr_t)pointer % 16 == 0; }
@@ -325,7 +370,8 @@ __device__ static inline void tensor_add_up(const struct matmul_args &a, float *
 }
 
 /* Block b: part b % n_splits (its rank in the cluster) of the steps over k of output tile b / n_splits; its warps share that part, each
- * a run of steps. A ring of DEPTH steps of weights is in flight, x is one step ahead. In bounds: rows of w are clamped to the last, rows
+ * a run of steps. A ring of DEPTH steps of weights is in flight, from before the wait on (up to 128 KiB a multiprocessor: no need to ask
+ * L2 for more); x is one step ahead. In bounds: rows of w are clamped to the last, rows
  * of x to the last live one; columns are checked in whole vectors (n_in is a multiple of 8); steps beyond the warp's last are neither
  * loaded nor summed. */
 template <typename T, int MT, int NT>
@@ -335,8 +381,10 @@ tensor_kernel(struct matmul_args a, int n_splits) {
     extern __shared__ float tensor_shared[];
     int warp = threadIdx.x / WARP, g = threadIdx.x % WARP / 4, t = threadIdx.x % 4, n_in = (int)a.n_in;
     int64_t live = device_live_rows(a.n_rows, a.live), first_out = (int64_t)(blockIdx.x / n_splits) * tensor_tile<MT, NT>::OUTS;
-    if (live <= 0)
-        return; /* all blocks alike */
+    if (live <= 0) { /* all blocks alike */
+        wait_for_earlier();
+        return;
+    }
     int64_t n_steps = (n_in + TENSOR_K - 1) / TENSOR_K, part = blockIdx.x % n_splits * TENSOR_WARPS + warp;
     int step = (int)(n_steps * part / (n_splits * TENSOR_WARPS)), last = (int)(n_steps * (part + 1) / (n_splits * TENSOR_WARPS));
     const uint4 *w = (const uint4 *)a.w + (first_out * n_in / 8 + t); /* 8 values each, the rows of the tile at `offset` */
@@ -356,6 +404,8 @@ tensor_kernel(struct matmul_args a, int n_splits) {
         for (int i = 0; i < 2 * MT; i++)
             ring[d][i / 2][i % 2] = load_once(w + (offset[i / 2][i % 2] + (step + d) * 4),
                                               step + d < last && (step + d) * TENSOR_K + 8 * t < n_in);
+    wait_for_earlier();
+    let_later_begin();
 #pragma unroll
     for (int n = 0; n < NT; n++)
         load_x<8>(a.x + 4 * (size_t)(x_offset[n] + step * 8), step < last && step * TENSOR_K + 8 * t < n_in, ahead[0][n]);
@@ -380,19 +430,11 @@ tensor_kernel(struct matmul_args a, int n_splits) {
 
 template <typename T, int MT, int NT> static int tensor_start(const struct cuda_launch *launch, const struct matmul_args *a, int n_splits) {
     typedef tensor_tile<MT, NT> tile;
-    cudaLaunchAttribute cluster = {};
-    cluster.id = cudaLaunchAttributeClusterDimension;
-    cluster.val.clusterDim.x = (unsigned)n_splits, cluster.val.clusterDim.y = 1, cluster.val.clusterDim.z = 1;
-    cudaLaunchConfig_t config = {};
-    config.gridDim = dim3((unsigned)(ceil_div(a->n_out, tile::OUTS) * n_splits));
-    config.blockDim = dim3(TENSOR_WARPS * WARP);
-    config.dynamicSmemBytes = tile::SHARED;
-    config.stream = cuda_stream_of(launch);
-    config.attrs = &cluster;
-    config.numAttrs = n_splits > 1 ? 1 : 0;
+    dim3 grid((unsigned)(ceil_div(a->n_out, tile::OUTS) * n_splits));
     cudaError_t error = cudaFuncSetAttribute(tensor_kernel<T, MT, NT>, cudaFuncAttributeMaxDynamicSharedMemorySize, tile::SHARED);
     if (error == cudaSuccess)
-        error = cudaLaunchKernelEx(&config, tensor_kernel<T, MT, NT>, *a, n_splits);
+        error = launch_early_clusters(launch, tensor_kernel<T, MT, NT>, grid, TENSOR_WARPS * WARP, (size_t)tile::SHARED, (unsigned)n_splits,
+                                      *a, n_splits);
     if (error != cudaSuccess)
         FAIL(STATUS_FAILED, "CUDA: matmul, tensor: %lld rows, %lld -> %lld, %d splits: %s", (long long)a->n_rows, (long long)a->n_in,
              (long long)a->n_out, n_splits, cudaGetErrorString(error));

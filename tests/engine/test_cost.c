@@ -16,7 +16,7 @@ static const int64_t layers_bytes = 2 * 6979321856, table_bytes = 2 * 525336576,
 /* Round numbers, nothing but bytes and operations costs. */
 static struct cost_rates plain_rates(void) {
     struct cost_rates r = {.gpus = 64, .gpus_per_node = 8, .memory_bytes = (int64_t)80 << 30, .reserved_bytes = 1 << 30, .read_rate = 1e12,
-                           .gemm_rate = 1e15, .attention_share = 0.5, .prefill_rate = 5e14, .node_latency_s = 10e-6,
+                           .weights_share = 1, .gemm_rate = 1e15, .attention_share = 0.5, .prefill_rate = 5e14, .node_latency_s = 10e-6,
                            .node_bandwidth = 1e10};
     for (int kind = 0; kind < COST_N_COLLECTIVES; kind++) {
         r.n_curves[kind] = 2;
@@ -55,6 +55,13 @@ static void test_by_hand(void) {
     cost_memory(&job, 0, 0, &m);
     CHECK(m.weights == layers_bytes + 2 * table_bytes + floats_bytes, "%lld bytes of weights", (long long)m.weights);
     CHECK(m.weights / 10000000 == 1606, "16.06e9 bytes, not %lld", (long long)m.weights);
+    struct model_config of_heads = llama; /* norms of the heads of q and k */
+    struct cost_job normed_job = job;
+    struct cost_memory normed;
+    of_heads.qk_norm = true;
+    normed_job.config = &of_heads;
+    cost_memory(&normed_job, 0, 0, &normed);
+    CHECK(normed.weights == m.weights + 32 * 2 * 128 * 4, "%lld bytes of weights with norms of heads", (long long)normed.weights);
     /* a page holds 8 heads x 32 layers x (2 x 128 x 128 / 4 codes + 2 x 128 scales and zeros of 4 bytes) = 9216 x 256; of 1,024 blocks
      * the last two are in 16 bit */
     CHECK(m.cache.pages == 1022LL * 9216 * 256, "%lld bytes of pages", (long long)m.cache.pages);
@@ -158,6 +165,30 @@ static void test_growth(void) {
                     left_before = left;
                 }
             }
+}
+
+/* What only a measurement knows: how fast products of few rows read, and attention of a block of rows over a cache. */
+static void test_measured(void) {
+    enum { N = 4096, SLOWER = 4 };
+    struct cache_spec spec = spec_of("hadv", false);
+    struct cost_job job = job_of(&spec, N, 1, 1, MERGE_GATHER);
+    struct cost_rates rates = plain_rates(), slow = rates;
+    struct cost_step step, slow_step;
+    struct cost_prefill cached, slow_cached, within, exact;
+    slow.weights_share = rates.weights_share / SLOWER;
+    slow.cached_rate = 1e12;
+    cost_decode(&job, &rates, N, &step);
+    cost_decode(&job, &slow, N, &slow_step);
+    CHECK(near(slow_step.weights, SLOWER * step.weights) && near(slow_step.attention, step.attention), "%g s of weights, %g at full rate",
+          slow_step.weights, step.weights);
+    cost_prefill_cached(&job, &rates, N, &cached);
+    cost_prefill_cached(&job, &slow, N, &slow_cached);
+    CHECK(near(cached.attention, N / KV_BLOCK * step.attention), "%g s of attention in steps of %g", cached.attention, step.attention);
+    CHECK(near(slow_cached.attention, 32 * 2.0 * N * N * 4096 / 1e12), "%g s of attention by its rate", slow_cached.attention);
+    CHECK(slow_cached.dense > cached.dense && near(cached.total, cached.dense + cached.attention + cached.launches), "a cached prompt");
+    cost_prefill_cached(&job, &slow, spec.window, &within);
+    cost_prefill(&job, &slow, spec.window, &exact);
+    CHECK(near(within.total, exact.total) && within.total > 0, "within the window: %g s exact, %g cached", exact.total, within.total);
 }
 
 /* More ranks hold and read less each, never less together. */
@@ -264,6 +295,7 @@ int main(void) {
     test_by_hand();
     test_collectives_by_hand();
     test_growth();
+    test_measured();
     test_ranks();
     test_curves();
     test_rates();

@@ -1,5 +1,6 @@
-/* Tiny random Llama models that transformers made and saved (golden/tiny_models.py) against its log-probabilities and greedy
- * continuations: head dims, groups, rope, tied heads, dtypes and sharded files that the real model does not have. One rank. */
+/* Tiny random Llama and Qwen3 models that transformers made and saved (golden/tiny_models.py) against its log-probabilities and greedy
+ * continuations: head dims, groups, rope, tied heads, dtypes, sharded files and norms of heads that the real model does not have.
+ * One rank. */
 #include "device.h"
 #include "logprob_check.h"
 
@@ -39,11 +40,14 @@ int main(int argc, char **argv) { /* DEVICE */
     device_require(world, device);
     REQUIRE(place_bind(world, &place));
     json_t *root = logprob_load(TEST_FILE("golden/tiny_models.json")), *models = json_object_get(root, "models");
-    CHECK(json_array_size(models) >= 4, "%zu models", json_array_size(models));
+    CHECK(json_array_size(models) >= 6, "%zu models", json_array_size(models));
     for (size_t i = 0; i < json_array_size(models); i++) {
         json_t *row = json_array_get(models, i);
         struct logprob_golden golden = logprob_golden_read(root, json_object_get(row, "prompts"));
+        const char *gguf = json_string_value(json_object_get(row, "gguf"));
         check_model(world, &place, device, json_string_value(json_object_get(row, "folder")), &golden);
+        if (gguf)
+            check_model(world, &place, device, gguf, &golden);
         logprob_golden_free(&golden);
     }
     json_decref(root);

@@ -92,17 +92,25 @@ static void write_shard(const char *name, const struct variant *v, int first, in
     maker_save(&m, name);
 }
 
+static void put_arch_count(struct maker *m, const char *arch, const char *name, int value) {
+    char key[64];
+    snprintf(key, sizeof key, "%s.%s", arch, name);
+    maker_gguf_u32(m, key, (uint32_t)value);
+}
+
 static void make_gguf_pairs(struct maker *m, const struct variant *v) {
+    char key[64];
     maker_gguf_text(m, "general.architecture", v->arch);
-    maker_gguf_u32(m, "llama.embedding_length", HIDDEN);
-    maker_gguf_u32(m, "llama.feed_forward_length", INNER);
-    maker_gguf_u32(m, "llama.block_count", 1);
-    maker_gguf_u32(m, "llama.attention.head_count", (uint32_t)v->n_heads);
-    maker_gguf_u32(m, "llama.attention.head_count_kv", 1);
-    maker_gguf_u32(m, "llama.attention.key_length", 64);
-    maker_gguf_u32(m, "llama.context_length", 256);
-    maker_gguf_f32(m, "llama.attention.layer_norm_rms_epsilon", 1e-5f);
-    maker_gguf_u32(m, "llama.vocab_size", (uint32_t)v->vocab);
+    put_arch_count(m, v->arch, "embedding_length", HIDDEN);
+    put_arch_count(m, v->arch, "feed_forward_length", INNER);
+    put_arch_count(m, v->arch, "block_count", 1);
+    put_arch_count(m, v->arch, "attention.head_count", v->n_heads);
+    put_arch_count(m, v->arch, "attention.head_count_kv", 1);
+    put_arch_count(m, v->arch, "attention.key_length", 64);
+    put_arch_count(m, v->arch, "context_length", 256);
+    snprintf(key, sizeof key, "%s.attention.layer_norm_rms_epsilon", v->arch);
+    maker_gguf_f32(m, key, 1e-5f);
+    put_arch_count(m, v->arch, "vocab_size", v->vocab);
     maker_gguf_u32(m, "tokenizer.ggml.eos_token_id", (uint32_t)v->eos);
     maker_gguf_u32(m, "tokenizer.ggml.eot_token_id", 5);
     maker_gguf_text(m, "tokenizer.ggml.model", "gpt2");
@@ -262,7 +270,7 @@ static void test_bad_tensors(void) {
 
 static void test_gguf_fields(void) {
     CHECK_FAILS(try_gguf(VARIANT(now.arch = "qwen9")),
-                STATUS_INPUT, "architecture qwen9 is not supported, expected one of: llama");
+                STATUS_INPUT, "architecture qwen9 is not supported, expected one of: llama, qwen3");
     CHECK_FAILS(try_gguf(VARIANT(now.n_heads = 3)),
                 STATUS_INPUT, "blk.0.attn_q.weight: shape [128,64], the configuration wants [192,64]");
     CHECK_FAILS(try_gguf(VARIANT(now.n_heads = 0)), STATUS_INPUT, "llama.attention.head_count: 0");
@@ -427,7 +435,7 @@ static void test_config_fields(void) {
         {NULL, "\"rope_scaling\":{\"type\":\"linear\",\"factor\":2}", NULL},
         {"num_key_value_heads", NULL, NULL},
         {"model_type", NULL, "model_type is missing"},
-        {"model_type", "\"model_type\":\"gpt9\"", "architecture gpt9 is not supported, expected one of: llama"},
+        {"model_type", "\"model_type\":\"gpt9\"", "architecture gpt9 is not supported, expected one of: llama, qwen3"},
         {"vocab_size", NULL, "vocab_size is missing"},
         {"hidden_size", "\"hidden_size\":\"512\"", "hidden_size: expected an integer"},
         {"hidden_size", "\"hidden_size\":0", "hidden_size: 0, expected 1 to"},
@@ -440,6 +448,11 @@ static void test_config_fields(void) {
         {NULL, "\"architectures\":[\"LlamaForSequenceClassification\"]", "expected LlamaForCausalLM"},
         {NULL, "\"attention_bias\":true", "attention_bias: true is not supported"},
         {NULL, "\"mlp_bias\":true", "mlp_bias: true is not supported"},
+        {NULL, "\"use_sliding_window\":true", "use_sliding_window: true is not supported"},
+        {NULL, "\"layer_types\":[\"full_attention\"]", NULL},
+        {NULL, "\"layer_types\":[\"full_attention\",\"sliding_attention\"]", "layer_types: entry 1 is sliding_attention"},
+        {"model_type", "\"model_type\":\"qwen3\",\"architectures\":[\"Qwen3ForCausalLM\"]", NULL},
+        {"model_type", "\"model_type\":\"qwen3\",\"architectures\":[\"LlamaForCausalLM\"]", "expected Qwen3ForCausalLM"},
         {NULL, "\"hidden_act\":\"gelu\"", "hidden_act: gelu is not supported"},
         {NULL, "\"quantization_config\":{}", "quantization_config"},
         {NULL, "\"partial_rotary_factor\":0.5", "partial_rotary_factor: 0.5 is not supported"},
@@ -467,6 +480,35 @@ static void test_config_fields(void) {
     struct model_config config;
     CHECK_FAILS(model_config_json_read("[]", 2, &config), STATUS_INPUT, "expected a JSON object");
     CHECK_FAILS(model_config_json_read(NULL, 0, &config), STATUS_INPUT, "line");
+}
+
+/* What the golden Qwen3 has beyond Llama's tensors, in both forms: bound by name, no row permuted; and one fingerprint. */
+static void test_qwen3(void) {
+    static const char *const paths[] = {"golden/tiny/qwen3-gqa2-d64-bf16-untied", "golden/tiny/qwen3-gqa2-d64-bf16-untied/model.gguf"};
+    char path[512], hex[2][65];
+    for (int form = 0; form < 2; form++) {
+        struct model_file *file;
+        snprintf(path, sizeof path, TEST_FILE("%s"), paths[form]);
+        n_warnings = 0;
+        REQUIRE(model_file_open(path, &file));
+        const struct model_config *c = model_file_config(file);
+        CHECK(c->arch == MODEL_ARCH_QWEN3 && c->qk_norm && !c->qkv_bias && n_warnings == 0, "%s: %d warnings", path, n_warnings);
+        CHECK(c->hidden == 20 && c->n_heads == 4 && c->n_kv_heads == 2 && c->head_dim == 64 && c->rms_eps == 1e-5f, "%s", path);
+        CHECK(model_file_n_tensors(file) == 3 + 2 * 11, "%s: %d tensors", path, model_file_n_tensors(file));
+        const struct model_tensor *norm = model_file_find(file, "model.layers.1.self_attn.k_norm.weight");
+        CHECK(norm && norm->n_dims == 1 && norm->shape[0] == 64, "%s", path);
+        CHECK(!model_file_find(file, "model.layers.0.self_attn.q_proj.weight")->permuted, "%s", path);
+        REQUIRE(model_file_fingerprint(file, hex[form]));
+        model_file_close(file);
+    }
+    CHECK(strcmp(hex[0], hex[1]) == 0, "fingerprints %s and %s", hex[0], hex[1]);
+}
+
+/* Without the norms of its heads a Qwen3 is no model, nor with norms of another size. */
+static void test_qwen3_norms(void) {
+    CHECK_FAILS(try_gguf(VARIANT(now.arch = "qwen3")), STATUS_INPUT, "tensor blk.0.attn_q_norm.weight is missing");
+    CHECK_FAILS(try_gguf(VARIANT(now.arch = "qwen3", now.extra = "blk.0.attn_q_norm.weight")), STATUS_INPUT,
+                "tensor blk.0.attn_q_norm.weight: shape [8], the configuration wants [64]");
 }
 
 static void test_rows(void) {
@@ -513,6 +555,8 @@ int main(void) {
     test_shards();
     test_folder_texts();
     test_config_fields();
+    test_qwen3();
+    test_qwen3_norms();
     test_rows();
     test_map_file();
     test_mutations();

@@ -11,7 +11,7 @@ enum { MOST_NEW = 6, N_SEQS = 2 };
 static int64_t n_parameters(const struct model_config *c) {
     int64_t hidden = c->hidden, heads = (int64_t)c->n_heads * c->head_dim, kv = (int64_t)c->n_kv_heads * c->head_dim;
     int64_t layer = hidden * (heads + 2 * kv) + heads * hidden + 3 * hidden * c->intermediate + 2 * hidden;
-    layer += c->qkv_bias ? heads + 2 * kv : 0;
+    layer += (c->qkv_bias ? heads + 2 * kv : 0) + (c->qk_norm ? 2 * c->head_dim : 0);
     return (c->tied ? 1 : 2) * hidden * c->vocab + c->n_layers * layer + hidden;
 }
 
@@ -19,7 +19,8 @@ static void check_shapes(void) {
     static const struct {
         const char *name;
         int64_t n_parameters; /* of the model cards */
-    } shapes[] = {{"llama-3.1-8b", 8030261248}, {"llama-3.2-3b", 3212749824}, {"llama-2-7b", 6738415616}, {"qwen2.5-7b", 7615616512}};
+    } shapes[] = {{"llama-3.1-8b", 8030261248}, {"llama-3.2-3b", 3212749824}, {"llama-2-7b", 6738415616}, {"qwen2.5-7b", 7615616512},
+                  {"qwen3-8b", 8190735360}};
     for (size_t i = 0; i < sizeof shapes / sizeof *shapes; i++) {
         char path[512];
         struct model_file *file;
@@ -33,11 +34,10 @@ static void check_shapes(void) {
     }
 }
 
-/* The test's shape with `add` after it and the line that begins with `leave_out` left out. */
-static int try_shape(const char *leave_out, const char *add) {
+/* The test's shape with `add` after it and the line that begins with `leave_out` left out, in a file. */
+static const char *write_shape(const char *leave_out, const char *add) {
     char text[4096], line[256];
     int n = 0;
-    struct model_file *file;
     FILE *from = fopen(TEST_FILE("launch/shape.conf"), "re");
     if (!from)
         exit(1);
@@ -46,7 +46,12 @@ static int try_shape(const char *leave_out, const char *add) {
             n += snprintf(text + n, sizeof text - (size_t)n, "%s", line);
     fclose(from);
     n += snprintf(text + n, sizeof text - (size_t)n, "%s\n", add);
-    int status = model_file_open_shape(maker_write("shape.conf", text, (size_t)n), &file);
+    return maker_write("shape.conf", text, (size_t)n);
+}
+
+static int try_shape(const char *leave_out, const char *add) {
+    struct model_file *file;
+    int status = model_file_open_shape(write_shape(leave_out, add), &file);
     if (status == STATUS_OK)
         model_file_close(file);
     return status;
@@ -63,7 +68,7 @@ static void check_errors(void) {
     CHECK_FAILS(try_shape("qkv_bias", "qkv_bias = maybe"), STATUS_INPUT, "expected yes or no");
     CHECK_FAILS(try_shape("rope_theta", "rope_theta = 1x"), STATUS_INPUT, "rope_theta: '1x', expected a number");
     CHECK_FAILS(try_shape("rope_factor", ""), STATUS_INPUT, "rope factor");
-    CHECK_FAILS(try_shape("shape", "shape = qwen3"), STATUS_INPUT, "qwen3 is not supported");
+    CHECK_FAILS(try_shape("shape", "shape = qwen9"), STATUS_INPUT, "qwen9 is not supported");
     CHECK_FAILS(try_shape("head_dim", "head_dim = 96"), STATUS_INPUT, "head_dim 96");
     CHECK_FAILS(try_shape("", "word"), STATUS_INPUT, "expected name = value");
     CHECK_FAILS(model_file_open_shape("/nowhere.conf", &file), STATUS_INPUT, "/nowhere.conf");
@@ -116,6 +121,12 @@ static void check_layout(const struct model_file *file, const struct slice *whol
         check_matrix(&up, &all->gate_up, c->intermediate + at->inner.begin, 0, "up");
         check_matrix(&l->down, &all->down, 0, at->inner.begin, "down");
         CHECK(memcmp(l->attn_norm, all->attn_norm, (size_t)c->hidden * sizeof(float)) == 0, "norm of layer %d", i);
+        if (c->qk_norm) { /* of all heads alike */
+            size_t bytes = (size_t)c->head_dim * sizeof(float);
+            CHECK(memcmp(l->q_norm, all->q_norm, bytes) == 0 && memcmp(l->k_norm, all->k_norm, bytes) == 0, "norms of heads, layer %d", i);
+            CHECK(memcmp(l->q_norm, l->k_norm, bytes) != 0, "norms of layer %d: q's are k's", i);
+        }
+        CHECK(c->qk_norm == (l->q_norm && l->k_norm), "norms of heads, layer %d", i);
         const float *bias = all->qkv_bias + at->heads.begin * c->head_dim;
         CHECK(memcmp(l->qkv_bias, bias, (size_t)q.n_out * sizeof *bias) == 0, "bias of layer %d", i);
     }
@@ -264,6 +275,9 @@ int main(int argc, char **argv) {
     check_shapes();
     check_errors();
     REQUIRE(model_file_open_shape(TEST_FILE("launch/shape.conf"), &file));
+    check_weights(file);
+    model_file_close(file);
+    REQUIRE(model_file_open_shape(write_shape("shape", "shape = qwen3"), &file));
     check_weights(file);
     model_file_close(file);
     REQUIRE(comm_start("self", 60, &argc, &argv, &world));

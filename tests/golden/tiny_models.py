@@ -1,17 +1,20 @@
-"""Tiny random Llama models and what transformers says of them: tiny_models.py
+"""Tiny random Llama and Qwen3 models and what transformers says of them: tiny_models.py
 
 writes beside itself tiny/NAME/ (config.json, tokenizer.json and safetensors, as transformers' save_pretrained and the tokenizers
-library write them) and tiny_models.json: token ids, log-probabilities and greedy continuations of each model after it was
-loaded again, in float32 (scores.py). Needs torch, transformers, safetensors, tokenizers. No download.
+library write them; Qwen3 as model.gguf too, written with the gguf package and its names, whose order of rows is Hugging Face's for
+this architecture) and tiny_models.json: token ids, log-probabilities and greedy continuations of each model after it was
+loaded again, in float32 (scores.py). Needs torch, transformers, safetensors, tokenizers, gguf, accelerate (transformers wants it to
+read GGUF). No download.
 """
 
 import json
 import pathlib
 import shutil
 
+import gguf
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 import scores
 
@@ -29,7 +32,12 @@ MODELS = {
     "gqa8-d64-bf16-untied-sharded": (torch.bfloat16, 64, 8, 1, 32, 52, 2, 317, False, DEFAULT, "60KB"),
     "gqa4-d128-f32-untied-sharded": (torch.float32, 128, 4, 1, 16, 57, 2, 309, False, LLAMA3, "100KB"),
     "gqa5-d128-bf16-tied": (torch.bfloat16, 128, 5, 1, 25, 71, 3, 341, True, DEFAULT, "5GB"),
+    "qwen3-gqa2-d64-bf16-untied": (torch.bfloat16, 64, 4, 2, 20, 38, 2, 323, False, DEFAULT, "5GB"),
 }
+
+
+def is_qwen3(name):
+    return name.startswith("qwen3")
 
 
 def tokenizer():
@@ -45,20 +53,67 @@ def tokenizer():
     return tok
 
 
+def add_tokenizer(writer, config):
+    """The folder's tokenizer, with unused tokens up to the rows of the embedding."""
+    fields = json.loads(tokenizer().to_str())
+    words = {**fields["model"]["vocab"], **{token["content"]: token["id"] for token in fields["added_tokens"]}}
+    tokens = sorted(words, key=words.get)
+    special, n_unused = len(fields["added_tokens"]), config.vocab_size - len(tokens)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(tokens + [f"<|unused {i}|>" for i in range(n_unused)])
+    writer.add_token_types([gguf.TokenType.NORMAL] * (len(tokens) - special) + [gguf.TokenType.CONTROL] * special
+                           + [gguf.TokenType.UNUSED] * n_unused)
+    writer.add_token_merges([" ".join(pair) for pair in fields["model"]["merges"]])
+    writer.add_bos_token_id(config.bos_token_id)
+    writer.add_eos_token_id(config.eos_token_id)
+
+
+def write_gguf(path, model):
+    """A Qwen3 model, its matrices in their own type; read again by transformers."""
+    config = model.config
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN3, config.num_hidden_layers)
+    writer = gguf.GGUFWriter(path, "qwen3")
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(config.head_dim)
+    writer.add_value_length(config.head_dim)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    add_tokenizer(writer, config)
+    for name, tensor in model.state_dict().items():
+        kind = gguf.GGMLQuantizationType.F32 if tensor.dim() == 1 else gguf.GGMLQuantizationType.BF16
+        writer.add_tensor(names.get_name(name, try_suffixes=(".weight",)), gguf.quantize(tensor.float().numpy(), kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    again = AutoModelForCausalLM.from_pretrained(path.parent, config=config, gguf_file=path.name, dtype=torch.float32).state_dict()
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor.float(), again[name]), name
+
+
 def make(name, folder, seed):
     dtype, head_dim, heads, kv_heads, hidden, intermediate, layers, vocab, tied, rope, shard = MODELS[name]
     torch.manual_seed(seed)
-    config = LlamaConfig(vocab_size=vocab, hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers,
+    make_config, make_model = (Qwen3Config, Qwen3ForCausalLM) if is_qwen3(name) else (LlamaConfig, LlamaForCausalLM)
+    config = make_config(vocab_size=vocab, hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers,
                          num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=head_dim, max_position_embeddings=CONTEXT,
                          tie_word_embeddings=tied, rope_parameters=rope, initializer_range=STD, rms_norm_eps=1e-5,
                          bos_token_id=260, eos_token_id=261)
-    model = LlamaForCausalLM(config)
+    model = make_model(config)
     for parameter_name, parameter in model.named_parameters():
         if "norm" in parameter_name:
             parameter.copy_(1 + STD * torch.randn_like(parameter))
     shutil.rmtree(folder, ignore_errors=True)
     model.to(dtype).save_pretrained(folder, max_shard_size=shard)
     tokenizer().save(str(folder / "tokenizer.json"), pretty=False)
+    if is_qwen3(name):
+        write_gguf(folder / "model.gguf", model)
     for file in folder.iterdir():
         file.chmod(0o644)
 
@@ -75,9 +130,11 @@ def main():
         for length, with_greedy in LENGTHS:
             ids = torch.randint(0, model.config.vocab_size, (length,), generator=generator).tolist()
             prompts.append(scores.prompt(model, f"{length} tokens", ids, with_greedy))
-        rows.append({"folder": f"golden/tiny/{name}", "prompts": prompts})
+        gguf_file = {"gguf": f"golden/tiny/{name}/model.gguf"} if is_qwen3(name) else {}
+        rows.append({"folder": f"golden/tiny/{name}", **gguf_file, "prompts": prompts})
         print(name, sum(f.stat().st_size for f in folder.iterdir()), [f.name for f in folder.iterdir()])
-    head = {"made_by": "tests/golden/tiny_models.py", "made_with": scores.made_with("torch", "transformers", "safetensors", "tokenizers", "numpy")}
+    packages = ("torch", "transformers", "safetensors", "tokenizers", "gguf", "numpy")
+    head = {"made_by": "tests/golden/tiny_models.py", "made_with": scores.made_with(*packages)}
     (HERE / "tiny_models.json").write_text(json.dumps({**head, "models": rows}, separators=(",", ":")) + "\n")
 
 

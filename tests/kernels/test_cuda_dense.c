@@ -1,12 +1,14 @@
 /* The small dense operations on a GPU against the CPU's: step input, embedding, norm, activation, sum, RoPE, and prefill's rows.
  *
- * Grades. Copies, widenings and single sums are exact. The others, with u = 2^-24 and the CPU's result as the measure:
+ * Grades. Copies, widenings and single sums are exact; add_rmsnorm has the bits of the GPU's own add and rmsnorm. The others, with u = 2^-24 and the CPU's result as the measure:
  *  - rmsnorm: sums in double differ in their last bits only, so the two means are the same float or neighbours (2 u). Adding eps rounds
  *    once on each side (4 u), the root halves that and rounds (4 u), the inverse rounds (6 u), two products round (10 u). 11 u allowed.
  *  - silu_mul: both exponentials within 2 units in the last place (4 u); sum, quotient and product round: 7 u a side, 14 u. Where the
  *    exponential overflows (gate below -88) a side may have 0 for up to 89 e^-88 |up| < 1e-36 |up|.
  *  - rope is held against double precision, as a test of rounding that is off by one unit would not see truncation: cos and sin within 2
- *    units (4 u), two products and a sum (2 u): 6 u of the absolute terms, then half a unit of the window's type.
+ *    units (4 u), two products and a sum (2 u): 6 u of the absolute terms, then half a unit of the window's type. Heads that are
+ *    normalized first, with sums in double: mean and eps round (2 u, half of that after the root), the root, its inverse and two products
+ *    (5 u): 8 u more allowed.
  * Rows that do not count, and what lies beside the rows, are NaN or numbers that no row has, and must stay untouched. */
 #include "cuda_rig.h"
 
@@ -163,6 +165,32 @@ static void check_rmsnorm_in_place(struct rig *rig, int hidden, int n_rows) {
     free(cpu);
 }
 
+/* Twice, so that the second works on the sum that the first left: the bits of add and rmsnorm, in x and in out; the sum is the CPU's too.
+ * `skew`: y begins that many floats into its buffer. */
+static void check_add_rmsnorm(struct rig *rig, int hidden, int n_rows, int live, bool skew) {
+    struct twin x = twin_of_rows(rig, 15, n_rows, live, hidden), sum = twin_of_rows(rig, 15, n_rows, live, hidden);
+    struct twin y = twin_of_rows(rig, 16, n_rows + 1, n_rows + 1, hidden), weight = twin_of_rows(rig, 5, 1, 1, hidden);
+    struct twin out = rig_make(rig, x.bytes, NULL), expected = rig_make(rig, x.bytes, NULL), count = twin_of_live(rig, live);
+    for (int side = 0; side < RIG_SIDES; side++)
+        for (int i = 0; i < 2; i++) {
+            float *from = (float *)y.at[side] + skew;
+            REQUIRE(op_add(rig->stream[side], &(struct add_args){n_rows, count.at[side], hidden, sum.at[side], from}));
+            REQUIRE(op_rmsnorm(rig->stream[side], &(struct rmsnorm_args){n_rows, count.at[side], NULL, sum.at[side], weight.at[side], 1e-5f,
+                                                                         hidden, expected.at[side]}));
+            REQUIRE(op_add_rmsnorm(rig->stream[side], &(struct add_rmsnorm_args){n_rows, count.at[side], x.at[side], from,
+                                                                                 weight.at[side], 1e-5f, hidden, out.at[side]}));
+        }
+    char what[100];
+    snprintf(what, sizeof what, "add_rmsnorm, hidden %d, %d rows, %d live, skew %d", hidden, n_rows, live, skew);
+    rig_expect_equal(rig, &x, what);
+    for (int side = 0; side < RIG_SIDES; side++) {
+        void *got = rig_fetch(rig, side, out.at[side], out.bytes), *want = rig_fetch(rig, side, expected.at[side], out.bytes);
+        CHECK(memcmp(got, want, out.bytes) == 0, "%s: not the norm of %s", what, side ? "cuda" : "cpu");
+        free(got), free(want);
+    }
+    rig_drop(rig, 0);
+}
+
 /* ---- silu_mul and add --------------------------------------------------------------------------------------------------- */
 
 static int again_silu_mul(struct stream *stream, const void *args) { return op_silu_mul(stream, args); }
@@ -219,7 +247,9 @@ static void check_add(struct rig *rig, int hidden, int n_rows, int live, bool sk
 struct rope_case {
     int n_heads, n_kv_heads, d, n_rows, live;
     enum dtype dtype;
+    bool q_normed, k_normed;
 };
+static const float rope_eps = 1e-3f;
 
 static int32_t rope_position(int row) {
     static const int32_t edges[] = {0, 1, 127, 1048575, 105615, 105616, 2000000}; /* 105615: where sinf changes its way to reduce */
@@ -227,18 +257,30 @@ static int32_t rope_position(int row) {
     return row < N_EDGES ? edges[row] : (int32_t)(test_hash(11, (uint64_t)row) % 4000000);
 }
 
-/* One head of one row against double precision: x and out hold d values. */
-static void check_turned(const struct rope_case *c, const float *x, const uint8_t *out, int row, const float *inv_freq, const char *part,
-                         int head) {
+/* The RMSNorm of one head, in double; its values where there are no weights. */
+static void normalize(const float *x, const float *weight, int d, double *out) {
+    double sum = 0;
+    for (int i = 0; i < d; i++)
+        sum += (double)x[i] * (double)x[i];
+    double factor = 1 / sqrt(sum / d + (double)rope_eps);
+    for (int i = 0; i < d; i++)
+        out[i] = weight ? (double)weight[i] * (double)x[i] * factor : (double)x[i];
+}
+
+/* One head of one row against double precision: `values` and `out` hold d values. */
+static void check_turned(const struct rope_case *c, const float *values, const float *weight, const uint8_t *out, int row,
+                         const float *inv_freq, const char *part, int head) {
     double unit = c->dtype == DTYPE_F16 ? 0x1p-11 : 0x1p-8;   /* half a unit in the last place */
     double tiny = c->dtype == DTYPE_F16 ? 0x1p-25 : 0x1p-134; /* half of the smallest number */
+    double x[KV_MAX_HEAD_DIM], grade = weight ? 14 : 6;
     float wide[KV_MAX_HEAD_DIM];
     dtype_widen(c->dtype, out, wide, c->d);
+    normalize(values, weight, c->d, x);
     for (int i = 0; i < c->d; i++) {
         int half = c->d / 2, pair = i % half;
         float angle = (float)rope_position(row) * inv_freq[pair];
-        double other = (double)(i < half ? -x[i + half] : x[i - half]);
-        double a = (double)x[i] * cos((double)angle), b = other * sin((double)angle), bound = 6 * U * (fabs(a) + fabs(b));
+        double other = i < half ? -x[i + half] : x[i - half];
+        double a = x[i] * cos((double)angle), b = other * sin((double)angle), bound = grade * U * (fabs(a) + fabs(b));
         CHECK(fabs((double)wide[i] - (a + b)) <= bound + unit * (fabs(a + b) + bound) + tiny,
               "rope %s, %d+%d heads of %d, %d rows: row %d (position %d), %s head %d, channel %d: %.9g, truth %.9g", dtype_name(c->dtype),
               c->n_heads, c->n_kv_heads, c->d, c->n_rows, row, rope_position(row), part, head, i, (double)wide[i], a + b);
@@ -247,18 +289,18 @@ static void check_turned(const struct rope_case *c, const float *x, const uint8_
 
 static int again_rope(struct stream *stream, const void *args) { return op_rope(stream, args); }
 
-/* q or k of the GPU: live rows near the truth, those at position 0 the CPU's bits, the rest untouched. */
+/* q or k of the GPU: live rows near the truth, those at position 0 the CPU's bits unless heads are normalized, the rest untouched. */
 static void check_heads(struct rig *rig, const struct rope_case *c, const struct twin *twin, int n, int first, const float *qkv,
-                        const float *inv_freq, const char *part) {
+                        const float *weight, const float *inv_freq, const char *part) {
     uint8_t *cuda = rig_fetch(rig, RIG_CUDA, twin->at[RIG_CUDA], twin->bytes),
             *cpu = rig_fetch(rig, RIG_CPU, twin->at[RIG_CPU], twin->bytes);
     size_t head_bytes = dtype_bytes(c->dtype, c->d), row_bytes = (size_t)n * head_bytes;
     int all = c->n_heads + 2 * c->n_kv_heads;
     for (int row = 0; row < c->live; row++)
         for (int h = 0; h < n; h++)
-            check_turned(c, qkv + ((int64_t)row * all + first + h) * c->d, cuda + (size_t)row * row_bytes + (size_t)h * head_bytes, row,
-                         inv_freq, part, h);
-    if (c->live > 0)
+            check_turned(c, qkv + ((int64_t)row * all + first + h) * c->d, weight, cuda + (size_t)row * row_bytes + (size_t)h * head_bytes,
+                         row, inv_freq, part, h);
+    if (c->live > 0 && !weight)
         CHECK(memcmp(cuda, cpu, row_bytes) == 0, "rope, %s of row 0 at position 0 is not the CPU's", part);
     for (size_t i = (size_t)c->live * row_bytes; i < twin->bytes; i++)
         if (cuda[i] != 0xff) {
@@ -270,16 +312,19 @@ static void check_heads(struct rig *rig, const struct rope_case *c, const struct
 
 static void check_rope(struct rig *rig, struct rope_case c) {
     int64_t width = (int64_t)(c.n_heads + 2 * c.n_kv_heads) * c.d;
-    float inv_freq[KV_MAX_HEAD_DIM / 2], *qkv = make_host((size_t)(c.n_rows * width) * 4);
+    float inv_freq[KV_MAX_HEAD_DIM / 2], norms[2][KV_MAX_HEAD_DIM], *qkv = make_host((size_t)(c.n_rows * width) * 4);
     int32_t *positions = make_host((size_t)c.n_rows * 4);
     for (int i = 0; i < c.d / 2; i++)
         inv_freq[i] = 1.0f / powf(500000.0f, 2.0f * (float)i / (float)c.d);
     for (int64_t i = 0; i < c.n_rows * width; i++)
-        qkv[i] = i / width < c.live ? test_normal(12, (uint64_t)i) * (i % 101 ? 1.0f : 1e-6f) : NAN;
+        qkv[i] = i / width < c.live ? ldexpf(test_normal(12, (uint64_t)i), i % 101 ? (int)(i / c.d % 3) * SPREAD - SPREAD : -20) : NAN;
+    for (int i = 0; i < 2 * KV_MAX_HEAD_DIM; i++)
+        norms[i / KV_MAX_HEAD_DIM][i % KV_MAX_HEAD_DIM] = 1 + test_normal(13, (uint64_t)i);
     for (int i = 0; i < c.n_rows; i++)
         positions[i] = i < c.live ? rope_position(i) : -1;
     struct twin in = rig_make(rig, (size_t)(c.n_rows * width) * 4, qkv), at = rig_make(rig, (size_t)c.n_rows * 4, positions);
     struct twin turns = rig_make(rig, (size_t)(c.d / 2) * 4, inv_freq), count = twin_of_live(rig, c.live);
+    struct twin q_norm = rig_make(rig, (size_t)c.d * 4, norms[0]), k_norm = rig_make(rig, (size_t)c.d * 4, norms[1]);
     size_t q_bytes = dtype_bytes(c.dtype, (int64_t)c.n_rows * c.n_heads * c.d),
            kv_bytes = dtype_bytes(c.dtype, (int64_t)c.n_rows * c.n_kv_heads * c.d);
     struct twin q = rig_make(rig, q_bytes, NULL), k = rig_make(rig, kv_bytes, NULL), v = rig_make(rig, kv_bytes, NULL);
@@ -290,6 +335,9 @@ static void check_rope(struct rig *rig, struct rope_case c) {
                                   .qkv = in.at[side],
                                   .positions = at.at[side],
                                   .inv_freq = turns.at[side],
+                                  .q_norm = c.q_normed ? q_norm.at[side] : NULL,
+                                  .k_norm = c.k_normed ? k_norm.at[side] : NULL,
+                                  .norm_eps = rope_eps,
                                   .n_heads = c.n_heads,
                                   .n_kv_heads = c.n_kv_heads,
                                   .head_dim = c.d,
@@ -299,8 +347,8 @@ static void check_rope(struct rig *rig, struct rope_case c) {
                                   .v = v.at[side]};
         REQUIRE(op_rope(rig->stream[side], &args));
     }
-    check_heads(rig, &c, &q, c.n_heads, 0, qkv, inv_freq, "q");
-    check_heads(rig, &c, &k, c.n_kv_heads, c.n_heads, qkv, inv_freq, "k");
+    check_heads(rig, &c, &q, c.n_heads, 0, qkv, c.q_normed ? norms[0] : NULL, inv_freq, "q");
+    check_heads(rig, &c, &k, c.n_kv_heads, c.n_heads, qkv, c.k_normed ? norms[1] : NULL, inv_freq, "k");
     rig_expect_equal(rig, &v, "rope, v");
     rig_expect_repeat(rig, &q, again_rope, &args, "rope, q");
     rig_drop(rig, 0);
@@ -389,6 +437,7 @@ int main(void) {
             check_rmsnorm(&rig, widths[w], n, live, r % 2, 0);
             check_silu_mul(&rig, widths[w], n, live);
             check_add(&rig, widths[w], n, live, false);
+            check_add_rmsnorm(&rig, widths[w], n, live, false);
         }
         check_rmsnorm_in_place(&rig, widths[w], 3);
     }
@@ -401,16 +450,20 @@ int main(void) {
     check_rmsnorm(&rig, 4096, 256, 200, false, 0);
     check_add(&rig, 576, 3, 2, true);
     check_add(&rig, 4096, 256, 200, false);
+    check_add_rmsnorm(&rig, 576, 3, 2, true);
+    check_add_rmsnorm(&rig, 4096, 256, 200, false);
     check_silu_mul(&rig, 1536, 256, 200);
-    for (int t = 1; t < N_DTYPES; t++) {
-        check_rope(&rig, (struct rope_case){3, 2, 64, 0, 0, dtypes[t]});
-        check_rope(&rig, (struct rope_case){3, 2, 64, 9, 8, dtypes[t]});
-        check_rope(&rig, (struct rope_case){32, 8, 128, 8, 7, dtypes[t]});
-        check_rope(&rig, (struct rope_case){14, 2, 64, 1, 1, dtypes[t]});
-        check_rope(&rig, (struct rope_case){12, 2, 128, 1, 0, dtypes[t]});
+    for (int i = 0; i < 2 * 4; i++) { /* norms of none, of q, of k, of both */
+        enum dtype type = dtypes[1 + i % 2];
+        bool of_q = i / 2 & 1, of_k = i / 2 & 2;
+        check_rope(&rig, (struct rope_case){3, 2, 64, 0, 0, type, of_q, of_k});
+        check_rope(&rig, (struct rope_case){3, 2, 64, 9, 8, type, of_q, of_k});
+        check_rope(&rig, (struct rope_case){32, 8, 128, 8, 7, type, of_q, of_k});
+        check_rope(&rig, (struct rope_case){14, 2, 64, 1, 1, type, of_q, of_k});
+        check_rope(&rig, (struct rope_case){12, 2, 128, 1, 0, type, of_q, of_k});
         /* more than 4 rows for each of 160 multiprocessors: one block a row */
-        check_rope(&rig, (struct rope_case){5, 1, 128, 900, 899, dtypes[t]});
-        check_rope(&rig, (struct rope_case){12, 3, 64, 900, 900, dtypes[t]});
+        check_rope(&rig, (struct rope_case){5, 1, 128, 900, 899, type, of_q, of_k});
+        check_rope(&rig, (struct rope_case){12, 3, 64, 900, 900, type, of_q, of_k});
     }
     for (int cp = 1; cp <= 4; cp++)
         for (int64_t n = 1; n <= 21; n += n < 4 ? 1 : 8)

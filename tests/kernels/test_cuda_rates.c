@@ -206,6 +206,37 @@ static void check_peer(int d, int64_t n, bool grouped) {
     peer_close(&p);
 }
 
+/* The last n_rows of n tokens, causal, against our own kernel, which is held against doubles elsewhere. Both round weights to 16 bit
+ * (2^-11) and sum values below 2 with them; the library rounds its result once more: less than 4 x 2 x 2^-11. */
+static void check_peer_causal(int d, int64_t n, int64_t n_rows) {
+    const size_t n_q = (size_t)n_rows * HEADS * (size_t)d, n_kv = 2 * KV_HEADS * (size_t)n * (size_t)d;
+    uint16_t *device_q, *device_kv, *q = fill(5, n_q, &device_q), *kv = fill(6, n_kv, &device_kv), *out = take_host(n_q * sizeof *out);
+    uint16_t *device_out = take(n_q * sizeof *out);
+    float *own = take_host(n_q * sizeof *own), *device_own = take(n_q * sizeof *own);
+    const float scale = 1.0f / sqrtf((float)d);
+    bool done = false;
+    REQUIRE(op_attend_exact(stream, &(struct attend_exact_args){.n_rows = n_rows, .first = n - n_rows, .n = n, .n_heads = HEADS,
+                                                                .n_kv_heads = KV_HEADS, .head_dim = d, .scale = scale, .dtype = DTYPE_F16,
+                                                                .q = device_q, .kv = device_kv, .out = device_own}));
+    REQUIRE(stream_peer_attend(stream, &(struct peer_attention){.batch = 1, .n_heads = HEADS, .n_kv_heads = KV_HEADS, .head_dim = d, .n = n,
+                                                                .n_rows = n_rows, .dtype = DTYPE_F16, .scale = scale, .q = device_q,
+                                                                .k = device_kv, .v = device_kv + n * d, .out = device_out}, &done));
+    REQUIRE(stream_copy_out(stream, own, device_own, n_q * sizeof *own));
+    REQUIRE(stream_copy_out(stream, out, device_out, n_q * sizeof *out));
+    REQUIRE(stream_sync(stream));
+    double worst = 0;
+    for (size_t i = 0; i < n_q && done; i++) {
+        double error = fabs((double)own[i] - (double)dtype_from_f16(out[i]));
+        worst = error <= worst ? worst : error;
+    }
+    CHECK(worst <= 8 * 0x1p-11, "%lld rows of %lld keys, d %d, causal: off by %g", (long long)n_rows, (long long)n, d, worst);
+    if (!done)
+        fprintf(stderr, "no library, or refused: %lld rows of %lld keys, d %d, causal\n", (long long)n_rows, (long long)n, d);
+    void *all[] = {q, kv, out, own, device_q, device_kv, device_out, device_own};
+    for (size_t i = 0; i < sizeof all / sizeof *all; i++)
+        backend_free(backend, all[i]);
+}
+
 int main(void) {
     if (backend_n_devices("cuda") == 0) {
         fprintf(stderr, "skipped: no GPU here\n");
@@ -221,6 +252,10 @@ int main(void) {
             check_peer(d, 1000, grouped);
             check_peer(d, 4096, grouped);
         }
+    for (int d = 64; d <= 128; d += 64) {
+        check_peer_causal(d, 1024, 1024);
+        check_peer_causal(d, 3000, 1000);
+    }
     stream_close(stream);
     backend_close(backend);
     return test_report();

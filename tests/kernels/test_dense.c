@@ -2,7 +2,7 @@
  * the special values. Tolerances, u = 2^-24: v16_exp is promised within 2 units in the last place; rmsnorm rounds the mean, the root,
  * its inverse and two products (2.5 u and 2 u at most, 8 u allowed); silu_mul has the exponential (4 u), a sum, a quotient and a
  * product (8 u allowed, and 1e-33 where the exponential overflows); rope takes the angle in float as given, cos and sin within one unit of libm's, two products and a sum (5 u
- * of the absolute terms), then one rounding to the window's type. */
+ * of the absolute terms), then one rounding to the window's type; where heads are normalized first, 8 u more as for rmsnorm. */
 #include "kernels/cpu/cpu.h"
 #include "kernels/cpu/simd.h"
 #include "test.h"
@@ -162,17 +162,49 @@ static void check_add(int n_rows, int hidden) {
     free(x), free(y);
 }
 
-static void check_rope(int d, enum dtype dtype) {
+/* The bits of add and then rmsnorm; the last row is dead and stays as it was. */
+static void check_add_rmsnorm(int n_rows, int hidden) {
+    int n = n_rows * hidden;
+    int32_t live = n_rows - 1;
+    float *x = malloc((size_t)n * 4), *y = malloc((size_t)n * 4), *out = malloc((size_t)n * 4), *weight = malloc((size_t)hidden * 4);
+    float *sum = malloc((size_t)n * 4), *expected = malloc((size_t)n * 4);
+    for (int i = 0; i < n; i++)
+        sum[i] = x[i] = ldexpf(test_normal(5, (uint64_t)i), i / hidden * 3), y[i] = test_normal(6, (uint64_t)i);
+    for (int i = 0; i < hidden; i++)
+        weight[i] = 1.0f + test_uniform(3, (uint64_t)i);
+    memset(out, 0xee, (size_t)n * 4), memset(expected, 0xee, (size_t)n * 4);
+    cpu_add(&(struct add_args){n_rows, &live, hidden, sum, y});
+    cpu_rmsnorm(&(struct rmsnorm_args){n_rows, &live, NULL, sum, weight, 1e-5f, hidden, expected});
+    cpu_add_rmsnorm(&(struct add_rmsnorm_args){n_rows, &live, x, y, weight, 1e-5f, hidden, out});
+    CHECK(memcmp(x, sum, (size_t)n * 4) == 0, "hidden %d, %d rows: another sum", hidden, n_rows);
+    CHECK(memcmp(out, expected, (size_t)n * 4) == 0, "hidden %d, %d rows: another norm", hidden, n_rows);
+    free(x), free(y), free(out), free(weight), free(sum), free(expected);
+}
+
+/* What RMSNorm multiplies a head of d values with, but for the weights. */
+static double head_factor(const float *head, int d, double eps) {
+    double sum = 0;
+    for (int i = 0; i < d; i++)
+        sum += (double)head[i] * (double)head[i];
+    return 1 / sqrt(sum / d + eps);
+}
+
+static void check_rope(int d, enum dtype dtype, bool q_normed, bool k_normed) {
     enum { HEADS = 3, KV_HEADS = 2, ROWS = 4, WIDTH = (HEADS + 2 * KV_HEADS) * KV_MAX_HEAD_DIM };
     int32_t positions[ROWS] = {0, 1, 127, 1048575};
-    float inv_freq[KV_MAX_HEAD_DIM / 2], qkv[ROWS * WIDTH], q[ROWS * WIDTH], k[ROWS * WIDTH], v[ROWS * WIDTH], wide[WIDTH];
+    float inv_freq[KV_MAX_HEAD_DIM / 2], norms[2][KV_MAX_HEAD_DIM], eps = 1e-3f;
+    float qkv[ROWS * WIDTH], q[ROWS * WIDTH], k[ROWS * WIDTH], v[ROWS * WIDTH], wide[WIDTH];
     int width = (HEADS + 2 * KV_HEADS) * d;
     double unit = dtype == DTYPE_F32 ? U : dtype == DTYPE_F16 ? 0x1p-11 : 0x1p-8; /* half a unit in the last place */
     for (int i = 0; i < d / 2; i++)
         inv_freq[i] = 1.0f / powf(10000.0f, 2.0f * (float)i / (float)d);
     for (int i = 0; i < ROWS * width; i++)
-        qkv[i] = test_normal(7, (uint64_t)i);
-    cpu_rope(&(struct rope_args){ROWS, NULL, qkv, positions, inv_freq, HEADS, KV_HEADS, d, dtype, q, k, v});
+        qkv[i] = ldexpf(test_normal(7, (uint64_t)i), i / d % 5 * 3 - 6); /* heads of other sizes: one normed as another shows */
+    for (int i = 0; i < 2 * KV_MAX_HEAD_DIM; i++)
+        norms[i / KV_MAX_HEAD_DIM][i % KV_MAX_HEAD_DIM] = 1 + test_normal(9, (uint64_t)i);
+    cpu_rope(&(struct rope_args){.n_rows = ROWS, .qkv = qkv, .positions = positions, .inv_freq = inv_freq,
+                                 .q_norm = q_normed ? norms[0] : NULL, .k_norm = k_normed ? norms[1] : NULL, .norm_eps = eps,
+                                 .n_heads = HEADS, .n_kv_heads = KV_HEADS, .head_dim = d, .dtype = dtype, .q = q, .k = k, .v = v});
     for (int row = 0; row < ROWS; row++) {
         const uint8_t *outs[3] = {(uint8_t *)q + dtype_bytes(dtype, row * HEADS * d), (uint8_t *)k + dtype_bytes(dtype, row * KV_HEADS * d),
                                   (uint8_t *)v + dtype_bytes(dtype, row * KV_HEADS * d)};
@@ -181,10 +213,15 @@ static void check_rope(int d, enum dtype dtype) {
             int n = (part ? KV_HEADS : HEADS) * d;
             dtype_widen(dtype, outs[part], wide, n);
             for (int i = 0; i < n; i++) {
-                int c = i % d, j = c % (d / 2);
-                double angle = (double)((float)positions[row] * inv_freq[j]), other = (double)in[c < d / 2 ? i + d / 2 : i - d / 2];
-                double a = (double)in[i] * cos(angle), b = (c < d / 2 ? -other : other) * sin(angle);
-                double truth = part == 2 ? (double)in[i] : a + b, bound = part == 2 ? 0.0 : 5 * U * (fabs(a) + fabs(b));
+                int c = i % d, j = c % (d / 2), across = c < d / 2 ? c + d / 2 : c - d / 2;
+                bool normed = part == 0 ? q_normed : part == 1 && k_normed;
+                const float *head = in + (i - c), *weight = norms[part % 2];
+                double factor = normed ? head_factor(head, d, (double)eps) : 1, grade = normed ? 13 : 5;
+                double own = factor * (double)head[c] * (normed ? (double)weight[c] : 1);
+                double other = factor * (double)head[across] * (normed ? (double)weight[across] : 1);
+                double angle = (double)((float)positions[row] * inv_freq[j]);
+                double a = own * cos(angle), b = (c < d / 2 ? -other : other) * sin(angle);
+                double truth = part == 2 ? own : a + b, bound = part == 2 ? 0.0 : grade * U * (fabs(a) + fabs(b));
                 CHECK(fabs((double)wide[i] - truth) <= bound + unit * (fabs(truth) + bound) + 0x1p-25, "%s, d %d, row %d, part %d, %d: %g, truth %g",
                       dtype_name(dtype), d, row, part, i, (double)wide[i], truth);
             }
@@ -235,6 +272,7 @@ int main(void) {
             check_rmsnorm(sizes[i], rows, i % 2);
             check_silu_mul(sizes[i], rows + 1);
             check_add(rows + 1, sizes[i]);
+            check_add_rmsnorm(rows + 1, sizes[i]);
         }
     check_fill(0, 5);
     check_fill(1, 1);
@@ -242,9 +280,11 @@ int main(void) {
     check_fill(40, 257);
     check_fill(40, 700);
     for (int d = 64; d <= 128; d += 64) {
-        check_rope(d, DTYPE_F32);
-        check_rope(d, DTYPE_F16);
-        check_rope(d, DTYPE_BF16);
+        for (int norms = 0; norms < 4; norms++) { /* of none, of q, of k, of both */
+            check_rope(d, DTYPE_F32, norms & 1, norms & 2);
+            check_rope(d, DTYPE_F16, norms & 1, norms & 2);
+            check_rope(d, DTYPE_BF16, norms & 1, norms & 2);
+        }
     }
     return test_report();
 }
