@@ -4,6 +4,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "launch/bench_predict.h"
 
 /* ---- options ---------------------------------------------------------------------------------------------------------- */
 
@@ -37,6 +38,34 @@ static bool is_without_model(const char *what) {
     return strcmp(what, "rates") == 0 || strcmp(what, "attention") == 0 || strcmp(what, "collective") == 0;
 }
 
+int bench_open_model(const struct bench *b, struct model_file **out) {
+    const char *path = b->options->engine.model;
+    return b->options->random_weights ? model_file_open_shape(path, out) : model_file_open(path, out);
+}
+
+static int heads_of_model(const struct bench *b, struct bench_heads *out) {
+    static const char *const others[] = {"heads", "kv-heads", "head-dim"};
+    struct model_file *file;
+    for (size_t i = 0; i < sizeof others / sizeof *others; i++)
+        if (options_given(b->options, others[i]))
+            FAIL(STATUS_USAGE, "option --%s: --model says that already, give one of the two", others[i]);
+    TRY(bench_open_model(b, &file));
+    const struct model_config *c = model_file_config(file);
+    *out = (struct bench_heads){c->n_heads, c->n_kv_heads, c->head_dim};
+    model_file_close(file);
+    return STATUS_OK;
+}
+
+static int find_heads(const struct bench *b, struct bench_heads *out) {
+    const struct options *o = b->options;
+    *out = (struct bench_heads){o->heads, o->kv_heads, o->head_dim};
+    if (o->engine.model)
+        TRY(heads_of_model(b, out));
+    if (out->head_dim != 64 && out->head_dim != 128)
+        FAIL(STATUS_USAGE, "option --%s: heads of %d, 64 and 128 can be", o->engine.model ? "model" : "head-dim", out->head_dim);
+    return STATUS_OK;
+}
+
 static int parse_options(struct bench *b) {
     const struct options *o = b->options;
     const char *caches = o->caches;
@@ -47,17 +76,14 @@ static int parse_options(struct bench *b) {
         b->n_caches++;
     if (b->n_caches == 0)
         FAIL(STATUS_USAGE, "option --caches: the list is empty");
+    if (strcmp(o->what, "attention") == 0 || strcmp(o->what, "collective") == 0)
+        TRY(find_heads(b, &b->heads));
     if (!o->engine.model && !is_without_model(o->what))
         FAIL(STATUS_USAGE, "option --model is needed for all but kvlinc bench rates, attention and collective");
     return STATUS_OK;
 }
 
-int bench_open_model(const struct bench *b, struct model_file **out) {
-    const char *path = b->options->engine.model;
-    return b->options->random_weights ? model_file_open_shape(path, out) : model_file_open(path, out);
-}
-
-static bool wants(const struct bench *b, const char *part) {
+bool bench_wants(const struct bench *b, const char *part) {
     return strcmp(b->options->what, "all") == 0 || strcmp(b->options->what, part) == 0;
 }
 
@@ -218,7 +244,8 @@ static int run_engine(struct bench *b, const char *cache, bool decodes, bool pre
 /* Collective. An engine that takes prompts as cached has no memory to read one: with random weights each part has an engine of its own. */
 static int run_cache(struct bench *b, const char *cache) {
     struct bench_list contexts = b->contexts;
-    bool decodes = wants(b, "decode"), prefills = wants(b, "prefill"), apart = b->options->random_weights && decodes && prefills;
+    bool decodes = bench_wants(b, "decode"), prefills = bench_wants(b, "prefill");
+    bool apart = b->options->random_weights && decodes && prefills;
     TRY(run_engine(b, cache, decodes, prefills && !apart));
     b->contexts = contexts;
     return apart ? run_engine(b, cache, false, true) : STATUS_OK;
@@ -232,6 +259,8 @@ static int set_attention_defaults(struct bench *b) {
             b->n_caches++;
     if (bench_on_gpu(b) && !options_given(b->options, "contexts"))
         TRY(parse_list("contexts", "1K,4K,32K,128K,512K,1M", &b->contexts));
+    if (bench_on_gpu(b) && !options_given(b->options, "prompts"))
+        TRY(parse_list("prompts", "4K,32K,128K", &b->prompts));
     return STATUS_OK;
 }
 
@@ -245,32 +274,34 @@ static int run_device(struct bench *b) {
     }
     if (strcmp(b->options->what, "collective") == 0)
         TRY(bench_collective(b));
-    return STATUS_OK;
+    return is_without_model(b->options->what) ? STATUS_OK : bench_predict_measure(b);
 }
 
 static int run_parts(struct bench *b) {
     if (b->run->root)
         bench_machine(b);
+    if (!is_without_model(b->options->what))
+        TRY(comm_agree(b->run->world, "reading the model", limit_lists(b)));
     int status = run_device(b);
     bench_device_close(b);
     TRY(status);
-    if (is_without_model(b->options->what))
-        return STATUS_OK;
-    TRY(comm_agree(b->run->world, "reading the model", limit_lists(b)));
-    for (int i = 0; i < b->n_caches; i++)
-        TRY(run_cache(b, b->caches[i]));
+    for (b->cache = 0; b->cache < b->n_caches && !is_without_model(b->options->what); b->cache++)
+        TRY(run_cache(b, b->caches[b->cache]));
     return STATUS_OK;
 }
 
 int bench_main(struct run *run) {
     const struct options *o = run->options;
     struct bench b = {.run = run, .options = o, .n_threads = o->engine.threads ? o->engine.threads : run->place.n_cores};
-    int status = parse_options(&b);
+    int status = base_alloc(&b.prediction, 1, sizeof *b.prediction);
+    if (status == STATUS_OK)
+        status = parse_options(&b);
     if (status == STATUS_OK && run->root)
         status = bench_table_open(o->csv, &b.table);
     status = comm_agree(run->world, "bench", status);
     if (status == STATUS_OK)
         status = run_parts(&b);
     int closed = bench_table_close(&b.table);
+    free(b.prediction);
     return status < 0 ? status : closed;
 }

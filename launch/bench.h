@@ -18,6 +18,10 @@ struct bench_list { /* "128,1K,4K" */
     int64_t value[BENCH_MAX_LIST];
 };
 
+struct bench_heads { /* that attention and collective work on: the model's, where there is one, else as the options say */
+    int n_heads, n_kv_heads, head_dim;
+};
+
 struct bench_device { /* what the parts without an engine run on */
     struct backend *backend;
     struct stream *stream;
@@ -30,14 +34,19 @@ struct bench {
     struct bench_table table; /* rank 0 */
     int n_threads;            /* of one rank */
     struct bench_list contexts, prompts, batches;
+    struct bench_heads heads;
     bool decodes, prefills;   /* with the engine that is open */
-    int n_caches;
+    int n_caches, cache;      /* cache: index of the one whose engine is open */
     char caches[BENCH_MAX_LIST][BENCH_CACHE_BYTES];
     struct bench_device device;
     double read_rate;         /* bytes/s of all ranks; rank 0 */
     double gemm_rate;         /* FLOP/s of all ranks; rank 0 */
     const char *gemm_name;    /* of the product that gemm_rate was measured with */
+    struct bench_prediction *prediction;
 };
+
+/* Whether this part is measured. */
+bool bench_wants(const struct bench *b, const char *part);
 
 /* The model's files, or with --random-weights its shape. */
 int bench_open_model(const struct bench *b, struct model_file **out);

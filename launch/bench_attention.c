@@ -21,24 +21,19 @@ struct load { /* one batch of sequences of one length in one cache; everything b
     struct bench *b;
     const struct attention_data *data;
     const struct attention_cache *cache;
-    int batch;
-    int64_t tokens, n_pages;       /* of a sequence */
+    int n_seqs, batch;             /* batch: rows of all sequences together, as many of each */
+    int64_t tokens, n_pages;       /* of a sequence; its rows are the last of its tokens */
     int64_t bytes;                 /* read by one launch, at least */
-    int n_copies, n_launches;
+    int n_copies, n_launches, repeats;
     bool merge;                    /* up to the output, not only to records */
-    uint8_t *pages, *window;       /* [copy][batch * n_pages][page_bytes], [copy][batch][slot][kv_head][K, V][KV_BLOCK][d] */
-    float *states, *phi;           /* [copy][batch][..], [copy][..] */
+    uint8_t *pages, *window;       /* [copy][n_seqs * n_pages][page_bytes], [copy][n_seqs][slot][kv_head][K, V][KV_BLOCK][d] */
+    float *states, *phi;           /* [copy][n_seqs][..], [copy][..] */
     uint16_t *q;
-    int32_t *table;                /* [batch][n_pages] */
+    int32_t *table;                /* [n_seqs][n_pages] */
     struct step_input *in;
     struct seq_params *params;
     int stride;
     float *partial, *out;          /* [launch][batch][n_heads][stride], [launch][batch][n_heads * d] */
-};
-
-struct result {
-    double seconds, best; /* of one launch */
-    double error;         /* of outputs, relative; the largest */
 };
 
 /* ---- sizes -------------------------------------------------------------------------------------------------------------- */
@@ -54,8 +49,8 @@ static int64_t phi_floats(const struct attention_shape *s) { return s->n_kv_head
 /* Bytes of one copy; of one launch's results. */
 static int64_t copy_bytes(const struct load *l) {
     const struct attention_shape *s = &l->data->shape;
-    int64_t states = l->cache->correction ? (l->batch * states_floats(s) + phi_floats(s)) * 4 : 0;
-    return l->batch * (l->n_pages * l->cache->page_bytes + 2 * window_halves(s)) + states;
+    int64_t states = l->cache->correction ? (l->n_seqs * states_floats(s) + phi_floats(s)) * 4 : 0;
+    return l->n_seqs * (l->n_pages * l->cache->page_bytes + 2 * window_halves(s)) + states;
 }
 static int64_t result_bytes(const struct load *l) {
     return l->batch * (int64_t)l->data->shape.n_heads * (l->stride + l->data->shape.head_dim) * 4;
@@ -67,7 +62,7 @@ static void set_sizes(struct load *l) {
     int64_t seen = (l->tokens - 1) / KV_BLOCK - ATTENTION_WINDOW;
     l->n_pages = max_i64(seen, 0);
     l->stride = partial_stride(s->head_dim, l->cache->correction);
-    l->bytes = copy_bytes(l) - l->batch * (2 * window_halves(s) - (l->tokens - l->n_pages * KV_BLOCK) * 4 * s->n_kv_heads * s->head_dim);
+    l->bytes = copy_bytes(l) - l->n_seqs * (2 * window_halves(s) - (l->tokens - l->n_pages * KV_BLOCK) * 4 * s->n_kv_heads * s->head_dim);
     l->n_copies = (int)min_i64(MOST_COPIES, ceil_div(COLD_BYTES, l->bytes));
     l->n_launches = (int)max_i64(LEAST_LAUNCHES, l->n_copies);
 }
@@ -77,7 +72,7 @@ static int64_t free_bytes(const struct bench *b) {
     return (int64_t)(MEMORY_SHARE * (double)(bytes >= 0 ? bytes : b->run->place.memory_bytes));
 }
 
-static bool does_fit(const struct bench *b, int64_t bytes, const char *what, int batch, int64_t tokens) {
+bool attention_fits(const struct bench *b, int64_t bytes, const char *what, int batch, int64_t tokens) {
     if (bytes <= free_bytes(b))
         return true;
     if (b->run->root)
@@ -98,7 +93,7 @@ static int fill(struct load *l, void *memory, const void *host, int64_t bytes, i
 
 /* Page `id` of every copy has content id % ATTENTION_PAGES. */
 static int fill_pages(struct load *l) {
-    int64_t n = l->batch * l->n_pages, each = l->cache->page_bytes, first = min_i64(n, ATTENTION_PAGES);
+    int64_t n = l->n_seqs * l->n_pages, each = l->cache->page_bytes, first = min_i64(n, ATTENTION_PAGES);
     TRY(take(l, &l->pages, n * each * l->n_copies));
     if (n == 0)
         return STATUS_OK;
@@ -109,25 +104,28 @@ static int fill_pages(struct load *l) {
 
 static int fill_stores(struct load *l) {
     const struct attention_shape *s = &l->data->shape;
-    TRY(take(l, &l->window, 2 * window_halves(s) * l->batch * l->n_copies));
-    TRY(fill(l, l->window, l->data->window, 2 * window_halves(s), (int64_t)l->batch * l->n_copies));
+    TRY(take(l, &l->window, 2 * window_halves(s) * l->n_seqs * l->n_copies));
+    TRY(fill(l, l->window, l->data->window, 2 * window_halves(s), (int64_t)l->n_seqs * l->n_copies));
     if (!l->cache->correction)
         return STATUS_OK;
-    TRY(take(l, &l->states, 4 * states_floats(s) * l->batch * l->n_copies));
-    TRY(fill(l, l->states, l->data->states, 4 * states_floats(s), (int64_t)l->batch * l->n_copies));
+    TRY(take(l, &l->states, 4 * states_floats(s) * l->n_seqs * l->n_copies));
+    TRY(fill(l, l->states, l->data->states, 4 * states_floats(s), (int64_t)l->n_seqs * l->n_copies));
     TRY(take(l, &l->phi, 4 * phi_floats(s) * l->n_copies));
     return fill(l, l->phi, l->data->phi, 4 * phi_floats(s), l->n_copies);
 }
 
 /* Sequences that grew together: their blocks got pages in turn. */
-static int64_t page_of(const struct load *l, int64_t seq, int64_t block) { return block * l->batch + seq; }
+static int64_t page_of(const struct load *l, int64_t seq, int64_t block) { return block * l->n_seqs + seq; }
+
+static int rows_each(const struct load *l) { return l->batch / l->n_seqs; }
+static int64_t position_of(const struct load *l, int64_t row) { return l->tokens - rows_each(l) + row % rows_each(l); }
 
 static int fill_table(struct load *l) {
-    int64_t n = max_i64(l->batch * l->n_pages, 1);
+    int64_t n = max_i64(l->n_seqs * l->n_pages, 1);
     int32_t *host;
     TRY(take(l, &l->table, n * 4));
     TRY(base_alloc(&host, (size_t)n, sizeof *host));
-    for (int64_t i = 0; i < l->batch; i++)
+    for (int64_t i = 0; i < l->n_seqs; i++)
         for (int64_t j = 0; j < l->n_pages; j++)
             host[i * l->n_pages + j] = (int32_t)page_of(l, i, j);
     int status = bench_upload(l->b, l->table, host, (size_t)n * 4);
@@ -140,13 +138,13 @@ static int fill_step(struct load *l) {
     TRY(base_alloc(&in, 1, sizeof *in));
     in->n_rows = l->batch;
     for (int i = 0; i < l->batch; i++)
-        in->row[i] = (struct step_row){.seq = i, .position = (int32_t)(l->tokens - 1), .first = i};
+        in->row[i] = (struct step_row){.seq = i / rows_each(l), .position = (int32_t)position_of(l, i), .first = i - i % rows_each(l)};
     int status = take(l, &l->in, sizeof *in);
     if (status == STATUS_OK)
         status = bench_upload(l->b, l->in, in, sizeof *in);
     free(in);
     TRY(status);
-    return take(l, &l->params, l->batch * (int64_t)sizeof *l->params); /* zeroed: offset 0 */
+    return take(l, &l->params, l->n_seqs * (int64_t)sizeof *l->params); /* zeroed: offset 0 */
 }
 
 static int load_open(struct load *l) {
@@ -174,10 +172,10 @@ static void load_close(struct load *l) {
 static struct cache_layer layer_of(const struct load *l, int copy) {
     const struct attention_shape *s = &l->data->shape;
     struct cache_layer layer = {.format = l->cache->format, .page_stride = l->cache->page_bytes};
-    layer.pages = l->pages + copy * l->batch * l->n_pages * l->cache->page_bytes;
-    layer.window = l->window + copy * l->batch * 2 * window_halves(s);
+    layer.pages = l->pages + copy * l->n_seqs * l->n_pages * l->cache->page_bytes;
+    layer.window = l->window + copy * l->n_seqs * 2 * window_halves(s);
     if (l->cache->correction) {
-        layer.states = l->states + copy * l->batch * states_floats(s);
+        layer.states = l->states + copy * l->n_seqs * states_floats(s);
         layer.phi_q = layer.phi_k = l->phi + copy * phi_floats(s);
         layer.features = ATTENTION_FEATURES;
     }
@@ -193,7 +191,15 @@ static int launch(const struct load *l, int index) {
     float *partial = l->partial + (int64_t)index * l->batch * s->n_heads * l->stride;
     float *out = l->out + (int64_t)index * l->batch * s->n_heads * s->head_dim;
     struct attend_args args = {l->in, l->batch, l->params, layout, layer, l->table, l->n_pages, s->n_heads, s->scale, l->q, partial, l->stride};
-    return op_attend_step(stream, &(struct attend_step_args){args, l->merge ? out : NULL});
+    if (rows_each(l) == 1)
+        return op_attend_step(stream, &(struct attend_step_args){args, l->merge ? out : NULL});
+    TRY(op_attend(stream, &args));
+    if (l->cache->correction)
+        TRY(op_correct(stream, &(struct correct_args){l->in, l->batch, layout, layer, s->n_heads, l->q, partial, l->stride}));
+    if (l->merge)
+        TRY(op_merge_gather(stream, &(struct merge_gather_args){l->batch, NULL, s->n_heads, s->head_dim, l->cache->correction, partial, 1,
+                                                                out}));
+    return STATUS_OK;
 }
 
 static int enqueue(void *context) {
@@ -203,9 +209,9 @@ static int enqueue(void *context) {
     return STATUS_OK;
 }
 
-static int time_graph(const struct bench *b, int (*what)(void *), void *context, int n_launches, struct result *out) {
+int attention_time_graph(const struct bench *b, int (*what)(void *), void *context, int n_launches, int n, struct attention_time *out) {
     double times[BENCH_MAX_REPEATS];
-    int n = (int)min_i64(BENCH_MAX_REPEATS, b->options->steps);
+    n = (int)min_i64(BENCH_MAX_REPEATS, n);
     struct graph *graph;
     TRY(bench_record(b, what, context, &graph));
     int status = graph_time(graph, b->device.stream, n, times);
@@ -222,7 +228,7 @@ static int time_graph(const struct bench *b, int (*what)(void *), void *context,
 static double worse(double a, double b) { return a != a || a > b ? a : b; }
 
 /* |got - expected| / |expected|, vectors of d. */
-static double difference(const float *got, const double *expected, int d) {
+double attention_difference(const float *got, const double *expected, int d) {
     double error = 0, size = 0;
     for (int c = 0; c < d; c++) {
         error += ((double)got[c] - expected[c]) * ((double)got[c] - expected[c]);
@@ -231,7 +237,7 @@ static double difference(const float *got, const double *expected, int d) {
     return sqrt(error / size);
 }
 
-static int judge(const char *name, double error, int64_t row, int head) {
+int attention_judge(const char *name, double error, int64_t row, int head) {
     if (!(error <= LIMIT))
         FAIL(STATUS_FAILED, "bench attention: %s: row %lld, head %d is off by %.3g of its size, at most %g can be", name,
              (long long)row, head, error, LIMIT);
@@ -241,11 +247,11 @@ static int judge(const char *name, double error, int64_t row, int head) {
 static void see(const struct load *l, int64_t row, struct attention_seen *seen) {
     memset(seen->times, 0, sizeof seen->times);
     for (int64_t j = 0; j < l->n_pages; j++)
-        seen->times[page_of(l, row, j) % ATTENTION_PAGES * KV_BLOCK] += 1;
+        seen->times[page_of(l, row / rows_each(l), j) % ATTENTION_PAGES * KV_BLOCK] += 1;
     for (int t = 0; t < ATTENTION_TOKENS; t++)
         seen->times[t] = seen->times[t / KV_BLOCK * KV_BLOCK];
     seen->window_begin = l->n_pages * KV_BLOCK;
-    seen->window_end = l->tokens;
+    seen->window_end = position_of(l, row) + 1;
 }
 
 /* One head: sums, maximum and correction of its record. */
@@ -256,11 +262,11 @@ static double record_error(const struct load *l, int64_t row, int head, const st
     double c_n[KV_MAX_HEAD_DIM], c_d;
     for (int c = 0; c < d; c++)
         y[c] = record[c] / sum;
-    double error = worse(difference(y, answer->out, d), fabs((double)m + log((double)sum) - answer->log_sum));
+    double error = worse(attention_difference(y, answer->out, d), fabs((double)m + log((double)sum) - answer->log_sum));
     if (!l->cache->correction)
         return error;
     attention_correction(l->data, row, head, c_n, &c_d);
-    return worse(error, worse(difference(record + d, c_n, d), fabs((double)record[tail + 2] - c_d) / c_d));
+    return worse(error, worse(attention_difference(record + d, c_n, d), fabs((double)record[tail + 2] - c_d) / c_d));
 }
 
 /* One head's output. */
@@ -271,11 +277,11 @@ static double output_error(const struct load *l, int64_t row, int head, const st
         attention_correction(l->data, row, head, c_n, &c_d);
     for (int c = 0; c < d; c++)
         expected[c] = (answer->out[c] * whole + c_n[c]) / (whole + c_d);
-    return difference(out, expected, d);
+    return attention_difference(out, expected, d);
 }
 
 /* Every head of the first and the last row against the host. */
-static int check_rows(const struct load *l, const float *got, struct result *result) {
+static int check_rows(const struct load *l, const float *got, struct attention_time *result) {
     const struct attention_shape *s = &l->data->shape;
     struct attention_seen seen;
     struct attention_answer answer;
@@ -286,7 +292,7 @@ static int check_rows(const struct load *l, const float *got, struct result *res
             attention_answer(l->data, l->cache->decoded, &seen, row, head, &answer);
             double error = l->merge ? output_error(l, row, head, &answer, got + at * s->head_dim)
                                     : record_error(l, row, head, &answer, got + at * l->stride);
-            TRY(judge(l->cache->name, error, row, head));
+            TRY(attention_judge(l->cache->name, error, row, head));
             result->error = fmax(result->error, error);
         }
     }
@@ -294,7 +300,7 @@ static int check_rows(const struct load *l, const float *got, struct result *res
 }
 
 /* What all launches of the last replay left: the same bits from every copy, and the right ones. */
-static int check(const struct load *l, struct result *result) {
+static int check(const struct load *l, struct attention_time *result) {
     const struct attention_shape *s = &l->data->shape;
     int64_t each = (int64_t)l->batch * s->n_heads * (l->merge ? s->head_dim : l->stride);
     float *got;
@@ -318,10 +324,11 @@ struct run_state { /* over all caches */
     struct bench *b;
     struct attention_data data;
     double best16[BENCH_MAX_LIST][BENCH_MAX_LIST]; /* [batch][context] seconds of the best kernel in 16 bit; 0: none yet */
+    double exact[BENCH_MAX_LIST];                  /* [prompt] FLOP/s of exact prefill; 0: none */
 };
 
 static void add_row(struct run_state *st, const char *item, const char *cache, int batch, int64_t tokens, int64_t bytes, double best16,
-                    const struct result *r) {
+                    const struct attention_time *r) {
     struct bench *b = st->b;
     char note[96], ratio[40] = "";
     if (!b->run->root)
@@ -338,31 +345,42 @@ static void add_row(struct run_state *st, const char *item, const char *cache, i
 
 static bool is_16_bit(const struct attention_cache *cache) { return cache->format.k_bits == 16 && cache->format.v_bits == 16; }
 
-static int time_and_check(struct load *l, struct result *out) {
-    TRY(time_graph(l->b, enqueue, l, l->n_launches, out));
+static int time_and_check(struct load *l, struct attention_time *out) {
+    TRY(attention_time_graph(l->b, enqueue, l, l->n_launches, l->repeats, out));
     return check(l, out);
 }
 
-/* Up to the output and, apart, only to the records of a rank. */
-static int measure(struct run_state *st, const struct attention_cache *cache, int batch, int64_t tokens, double *best16) {
-    struct load l = {.b = st->b, .data = &st->data, .cache = cache, .batch = batch, .tokens = tokens, .merge = true};
-    struct result whole = {0}, records = {0};
+int attention_cache_time(struct bench *b, const struct attention_data *data, const struct attention_cache *cache,
+                         const struct attention_run *run, struct attention_times *out) {
+    struct load l = {.b = b, .data = data, .cache = cache, .n_seqs = run->n_seqs, .batch = run->n_seqs * run->rows, .tokens = run->tokens,
+                     .repeats = run->repeats, .merge = true};
+    *out = (struct attention_times){0};
     set_sizes(&l);
-    if (!does_fit(st->b, l.n_copies * copy_bytes(&l) + l.n_launches * result_bytes(&l), cache->name, batch, tokens))
+    out->bytes = l.bytes;
+    out->fits = attention_fits(b, l.n_copies * copy_bytes(&l) + l.n_launches * result_bytes(&l), cache->name, l.batch, l.tokens);
+    if (!out->fits)
         return STATUS_OK;
     int status = load_open(&l);
     if (status == STATUS_OK)
-        status = time_and_check(&l, &whole);
+        status = time_and_check(&l, &out->whole);
     l.merge = false;
     if (status == STATUS_OK)
-        status = time_and_check(&l, &records);
+        status = time_and_check(&l, &out->records);
     load_close(&l);
-    TRY(status);
-    if (is_16_bit(cache) && (*best16 == 0 || whole.seconds < *best16))
-        *best16 = whole.seconds;
+    return status;
+}
+
+static int measure(struct run_state *st, const struct attention_cache *cache, int batch, int64_t tokens, double *best16) {
+    const struct attention_run run = {.n_seqs = batch, .rows = 1, .tokens = tokens, .repeats = st->b->options->steps};
+    struct attention_times t;
+    TRY(attention_cache_time(st->b, &st->data, cache, &run, &t));
+    if (!t.fits)
+        return STATUS_OK;
+    if (is_16_bit(cache) && (*best16 == 0 || t.whole.seconds < *best16))
+        *best16 = t.whole.seconds;
     double against = is_16_bit(cache) ? 0 : *best16;
-    add_row(st, "to the output", cache->name, batch, tokens, l.bytes, against, &whole);
-    add_row(st, cache->correction ? "attend, correct" : "attend", cache->name, batch, tokens, l.bytes, against, &records);
+    add_row(st, "to the output", cache->name, batch, tokens, t.bytes, against, &t.whole);
+    add_row(st, cache->correction ? "attend, correct" : "attend", cache->name, batch, tokens, t.bytes, against, &t.records);
     return STATUS_OK;
 }
 
@@ -414,7 +432,7 @@ static int peer_fill(struct peer *p) {
 }
 
 /* decoded: of a cache in 16 bit, which holds the contents as they are. */
-static int peer_check(const struct peer *p, const float *decoded, struct result *result) {
+static int peer_check(const struct peer *p, const float *decoded, struct attention_time *result) {
     const struct peer_attention *a = &p->args;
     struct attention_seen seen = {.window_begin = 0};
     struct attention_answer answer;
@@ -430,22 +448,22 @@ static int peer_check(const struct peer *p, const float *decoded, struct result 
         for (int head = 0; head < a->n_heads && status == STATUS_OK; head++) {
             attention_answer(p->data, decoded, &seen, row, head, &answer);
             dtype_widen(DTYPE_F16, out + (row * a->n_heads + head) * a->head_dim, got, a->head_dim);
-            double error = difference(got, answer.out, a->head_dim);
+            double error = attention_difference(got, answer.out, a->head_dim);
             result->error = fmax(result->error, error);
-            status = judge("the library", error, row, head);
+            status = attention_judge("the library", error, row, head);
         }
     backend_free(p->b->device.backend, out);
     return status;
 }
 
-static int peer_time(struct peer *p, const float *decoded, struct result *result) {
+static int peer_time(struct peer *p, const float *decoded, struct attention_time *result) {
     TRY(peer_fill(p));
     p->args.q = p->q;
     TRY(peer_launch(p, 0)); /* prepares the shape */
     TRY(stream_sync(p->b->device.stream));
     if (!p->done)
         return STATUS_OK;
-    TRY(time_graph(p->b, peer_enqueue, p, p->n_launches, result));
+    TRY(attention_time_graph(p->b, peer_enqueue, p, p->n_launches, p->b->options->steps, result));
     return peer_check(p, decoded, result);
 }
 
@@ -455,12 +473,12 @@ static int measure_peer(struct run_state *st, const struct attention_cache *cach
     struct peer p = {.b = st->b, .data = &st->data,
                      .args = {.batch = batch, .n_heads = s->n_heads, .n_kv_heads = s->n_kv_heads, .head_dim = s->head_dim, .n = tokens,
                               .dtype = DTYPE_F16, .scale = s->scale, .grouped = grouped}};
-    struct result result = {0};
+    struct attention_time result = {0};
     p.copy_halves = 2 * tokens * s->head_dim * s->n_kv_heads * batch;
     p.out_halves = (int64_t)batch * s->n_heads * s->head_dim;
     p.n_copies = (int)min_i64(MOST_COPIES, ceil_div(COLD_BYTES, 2 * p.copy_halves));
     p.n_launches = (int)max_i64(LEAST_LAUNCHES, p.n_copies);
-    if (!does_fit(st->b, 2 * (p.copy_halves * p.n_copies + p.out_halves * p.n_launches), "the library", batch, tokens))
+    if (!attention_fits(st->b, 2 * (p.copy_halves * p.n_copies + p.out_halves * p.n_launches), "the library", batch, tokens))
         return STATUS_OK;
     int status = peer_time(&p, cache->decoded, &result);
     void *all[] = {p.kv, p.q, p.out};
@@ -493,6 +511,15 @@ static int run_one(struct run_state *st, const struct attention_cache *cache, in
     return STATUS_OK;
 }
 
+/* Prefill is measured on a GPU, or where prompts are asked for. */
+static int run_prompts(struct run_state *st, const struct attention_cache *cache) {
+    if (!bench_on_gpu(st->b) && !options_given(st->b->options, "prompts"))
+        return STATUS_OK;
+    if (strcmp(cache->name, ATTENTION_EXACT_CACHE) == 0)
+        TRY(attention_prefill_exact(st->b, &st->data, cache, st->exact));
+    return attention_prefill_cached(st->b, &st->data, cache, st->exact);
+}
+
 /* Collective. */
 static int run_cache(struct run_state *st, const char *name) {
     struct bench *b = st->b;
@@ -504,15 +531,15 @@ static int run_cache(struct run_state *st, const char *name) {
     for (int i = 0; i < b->batches.n && status == STATUS_OK; i++)
         for (int j = 0; j < b->contexts.n && status == STATUS_OK; j++)
             status = comm_agree(world, "bench attention", run_one(st, &cache, i, j));
+    if (status == STATUS_OK)
+        status = comm_agree(world, "bench attention", run_prompts(st, &cache));
     attention_cache_free(b, &cache);
     return status;
 }
 
 static int check_options(const struct bench *b, struct attention_shape *shape) {
-    const struct options *o = b->options;
-    *shape = (struct attention_shape){o->heads, o->kv_heads, o->head_dim, 1.0f / sqrtf((float)o->head_dim)};
-    if (shape->head_dim != 64 && shape->head_dim != 128)
-        FAIL(STATUS_USAGE, "option --head-dim: %d, 64 and 128 can be", shape->head_dim);
+    const struct bench_heads *h = &b->heads;
+    *shape = (struct attention_shape){h->n_heads, h->n_kv_heads, h->head_dim, 1.0f / sqrtf((float)h->head_dim)};
     if (shape->n_heads % shape->n_kv_heads)
         FAIL(STATUS_USAGE, "option --heads: %d is no multiple of --kv-heads, %d", shape->n_heads, shape->n_kv_heads);
     for (int i = 0; i < b->batches.n; i++)
@@ -524,9 +551,9 @@ static int check_options(const struct bench *b, struct attention_shape *shape) {
 /* Collective. 16 bit comes first, asked for or not: the others are held against it. */
 static int run_all(struct run_state *st) {
     struct bench *b = st->b;
-    TRY(run_cache(st, "fp16"));
+    TRY(run_cache(st, ATTENTION_EXACT_CACHE));
     for (int i = 0; i < b->n_caches; i++)
-        if (strcmp(b->caches[i], "fp16") != 0)
+        if (strcmp(b->caches[i], ATTENTION_EXACT_CACHE) != 0)
             TRY(run_cache(st, b->caches[i]));
     return STATUS_OK;
 }

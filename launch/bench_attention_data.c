@@ -4,7 +4,6 @@
 #include <stdio.h>
 #include <string.h>
 
-#include "engine/cache_spec.h"
 #include "launch/bench_attention.h"
 
 enum { SEED_KV = 11, SEED_WINDOW, SEED_Q, SEED_STATES, SEED_PHI };
@@ -65,6 +64,15 @@ void attention_data_free(const struct bench *b, struct attention_data *data) {
 
 /* ---- pages ------------------------------------------------------------------------------------------------------------- */
 
+void attention_cache_of(const char *name, const struct cache_spec *spec, const struct attention_shape *shape, struct attention_cache *out) {
+    const struct cache_layer_spec *layer = &spec->layer[0];
+    *out = (struct attention_cache){.format = {.head_dim = shape->head_dim, .k_bits = layer->k_bits, .v_bits = layer->v_bits,
+                                               .window = DTYPE_F16},
+                                    .correction = layer->correction};
+    out->page_bytes = shape->n_kv_heads * (int64_t)page_record_bytes(&out->format);
+    snprintf(out->name, sizeof out->name, "%s", name);
+}
+
 int attention_cache_parse(const char *name, const struct attention_shape *shape, struct attention_cache *out) {
     char k_bits[2], v_bits[2];
     int length = 0;
@@ -78,11 +86,7 @@ int attention_cache_parse(const char *name, const struct attention_shape *shape,
     TRY(cache_spec_make(&request, 1, &spec));
     if (spec.window_type != DTYPE_F16)
         FAIL(STATUS_USAGE, "cache '%s': bench attention takes those with 16-bit blocks in fp16, and bits such as k4v4", name);
-    *out = (struct attention_cache){.format = {.head_dim = shape->head_dim, .k_bits = spec.layer[0].k_bits, .v_bits = spec.layer[0].v_bits,
-                                               .window = DTYPE_F16},
-                                    .correction = spec.layer[0].correction};
-    out->page_bytes = shape->n_kv_heads * (int64_t)page_record_bytes(&out->format);
-    snprintf(out->name, sizeof out->name, "%s", name);
+    attention_cache_of(name, &spec, shape, out);
     return STATUS_OK;
 }
 

@@ -220,10 +220,10 @@ static int merge_rows(struct merging *m, float *all) {
 /* Collective. */
 static int measure_merge(struct bench *b, enum merge_kind kind, float *all) {
     const struct bench_device *d = &b->device;
-    const struct options *o = b->options;
+    const struct bench_heads *heads = &b->heads;
     struct merging m = {.b = b};
-    TRY(comm_alloc(d->comm, d->backend, (size_t)o->heads * (size_t)o->head_dim * sizeof *m.out, &m.out));
-    int status = merge_init(&m.merge, kind, d->comm, d->backend, 1, o->heads, o->head_dim);
+    TRY(comm_alloc(d->comm, d->backend, (size_t)heads->n_heads * (size_t)heads->head_dim * sizeof *m.out, &m.out));
+    int status = merge_init(&m.merge, kind, d->comm, d->backend, 1, heads->n_heads, heads->head_dim);
     if (status == STATUS_OK)
         status = merge_rows(&m, all);
     merge_deinit(&m.merge);
@@ -234,15 +234,13 @@ static int measure_merge(struct bench *b, enum merge_kind kind, float *all) {
 static int check_options(const struct bench *b) {
     if (comm_size(b->run->world) < 2)
         FAIL(STATUS_USAGE, "bench collective needs two ranks or more: mpirun -np 2 kvlinc bench collective");
-    if (b->options->head_dim != 64 && b->options->head_dim != 128)
-        FAIL(STATUS_USAGE, "option --head-dim: %d, 64 and 128 can be", b->options->head_dim);
     return STATUS_OK;
 }
 
 int bench_collective(struct bench *b) {
     const enum merge_kind kinds[] = {MERGE_ALLREDUCE, MERGE_FUSED, MERGE_GATHER};
     struct comm *world = b->run->world;
-    size_t records = (size_t)b->options->heads * (size_t)partial_stride(b->options->head_dim, true);
+    size_t records = (size_t)b->heads.n_heads * (size_t)partial_stride(b->heads.head_dim, true);
     float *all = NULL;
     TRY(comm_agree(world, "bench collective", check_options(b)));
     TRY(measure_plain(b));

@@ -3,7 +3,7 @@
  * weights once and each sequence's cache; that against the measured read bandwidth is the limit. */
 #include <stdlib.h>
 
-#include "launch/bench.h"
+#include "launch/bench_predict.h"
 #include "launch/signals.h"
 
 enum {
@@ -93,7 +93,8 @@ static void add_rows(struct decode *d) {
     snprintf(note, sizeof note, "weights %.1f MiB, cache %.2f MiB a sequence", (double)weights / 1048576, (double)cache / 1048576);
     struct bench_row row = {.section = "decode", .item = "step", .cache = engine_cache_name(engine), .batch = d->batch,
                             .tokens = d->tokens, .ms = median * 1e3, .best_ms = d->seconds[0] * 1e3, .rate = d->batch / median, .unit = "tokens/s", .bytes = bytes,
-                            .share = b->read_rate > 0 ? bytes / median / b->read_rate : 0, .of = "read", .note = note};
+                            .share = b->read_rate > 0 ? bytes / median / b->read_rate : 0, .of = "read",
+                            .predicted_ms = bench_predict_decode(b, d->batch, d->tokens + WARM_STEPS + n / 2), .note = note};
     bench_add(b, row);
     bench_profile_add(b, &d->begin, &d->end, &row, n, bench_sum(d->seconds, n));
 }

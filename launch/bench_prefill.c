@@ -1,6 +1,6 @@
 /* Prompts: exact and cached, until the first new token is there. Floating-point operations are those of the matrix products that a prompt
  * needs, whatever is computed more: projections and MLP of every token, the LM head once, and both products of causal attention. */
-#include "launch/bench.h"
+#include "launch/bench_predict.h"
 #include "launch/signals.h"
 
 static double prompt_flop(const struct model_config *c, int64_t n) {
@@ -28,7 +28,8 @@ static int run_prompt(struct bench *b, int64_t n, enum engine_prefill kind, doub
     return STATUS_OK;
 }
 
-static int prefill(struct bench *b, int64_t n, enum engine_prefill kind) {
+static int prefill(struct bench *b, int index, enum engine_prefill kind) {
+    const int64_t n = b->prompts.value[index];
     double times[BENCH_MAX_REPEATS], first = 0;
     struct bench_profile begin, end;
     int repeats = b->options->repeats;
@@ -41,7 +42,7 @@ static int prefill(struct bench *b, int64_t n, enum engine_prefill kind) {
     struct bench_row row = {.section = "prefill", .item = kind == ENGINE_PREFILL_EXACT ? "exact" : "cached",
                             .cache = engine_cache_name(b->run->engine), .batch = 1, .tokens = n, .ms = seconds * 1e3, .best_ms = times[0] * 1e3,
                             .rate = (double)n / seconds, .unit = "tokens/s", .flop = flop, .share = flop / seconds / b->gemm_rate,
-                            .of = b->gemm_name};
+                            .of = b->gemm_name, .predicted_ms = bench_predict_prefill(b, index, kind)};
     bench_add(b, row);
     bench_profile_add(b, &begin, &end, &row, repeats, bench_sum(times, repeats));
     return STATUS_OK;
@@ -49,8 +50,8 @@ static int prefill(struct bench *b, int64_t n, enum engine_prefill kind) {
 
 int bench_prefill(struct bench *b) {
     for (int i = 0; i < b->prompts.n; i++) {
-        TRY(prefill(b, b->prompts.value[i], ENGINE_PREFILL_EXACT));
-        TRY(prefill(b, b->prompts.value[i], ENGINE_PREFILL_CACHED));
+        TRY(prefill(b, i, ENGINE_PREFILL_EXACT));
+        TRY(prefill(b, i, ENGINE_PREFILL_CACHED));
     }
     return STATUS_OK;
 }

@@ -6,7 +6,7 @@
 
 #include "launch/units.h"
 
-enum { CELL_BYTES = 32 };
+enum { CELL_BYTES = 32, PREDICTION_BYTES = 96 };
 
 int bench_table_open(const char *csv, struct bench_table *table) {
     *table = (struct bench_table){.csv_path = csv};
@@ -15,7 +15,7 @@ int bench_table_open(const char *csv, struct bench_table *table) {
     table->csv = fopen(csv, "we");
     if (!table->csv)
         FAIL(STATUS_INPUT, "option csv: %s: %s", csv, strerror(errno));
-    fprintf(table->csv, "section,item,cache,batch,tokens,ms,best_ms,rate,unit,bytes,flop,share,of,note\n");
+    fprintf(table->csv, "section,item,cache,batch,tokens,ms,best_ms,rate,unit,bytes,flop,share,of,predicted_ms,predicted_ratio,note\n");
     return STATUS_OK;
 }
 
@@ -56,6 +56,8 @@ static void put_csv(FILE *csv, const struct bench_row *r) {
     put_number(csv, r->flop);
     put_number(csv, r->share);
     put_text(csv, r->of, ',');
+    put_number(csv, r->predicted_ms);
+    put_number(csv, r->ms > 0 ? r->predicted_ms / r->ms : 0);
     put_text(csv, r->note, '\n');
 }
 
@@ -78,16 +80,29 @@ static void put_head(void) {
            "GFLOP", "reached");
 }
 
+/* "plan said 7.9 ms, 3 % less"; "" without a prediction. */
+static const char *prediction(char text[PREDICTION_BYTES], const struct bench_row *r) {
+    char ms[CELL_BYTES];
+    text[0] = '\0';
+    if (r->predicted_ms <= 0 || r->ms <= 0)
+        return text;
+    double more = 100 * (r->predicted_ms / r->ms - 1);
+    snprintf(text, PREDICTION_BYTES, ", plan said %s ms, %.0f %% %s", number(ms, r->predicted_ms), more < 0 ? -more : more,
+             more < 0 ? "less" : "more");
+    return text;
+}
+
 static void put_row(const struct bench_row *r) {
+    char said[PREDICTION_BYTES];
     char batch[CELL_BYTES], tokens[CELL_BYTES], ms[CELL_BYTES], best[CELL_BYTES], rate[CELL_BYTES], flop[CELL_BYTES], share[CELL_BYTES];
     char bytes[UNITS_TEXT] = "";
     if (r->bytes > 0)
         units_bytes((int64_t)r->bytes, bytes);
-    printf("%-10s %-26s %-7s %5s %7s %10s %10s %9s %-8s %9s %7s  %s%s%s%s%s\n", r->section, r->item, r->cache ? r->cache : "",
+    printf("%-10s %-26s %-7s %5s %7s %10s %10s %9s %-8s %9s %7s  %s%s%s%s%s%s\n", r->section, r->item, r->cache ? r->cache : "",
            cell(batch, "%.0f", r->batch), cell(tokens, "%.0f", (double)r->tokens), number(ms, r->ms), number(best, r->best_ms),
            number(rate, r->rate),
            r->unit ? r->unit : "", bytes, number(flop, r->flop * 1e-9), cell(share, "%.1f %%", 100 * r->share),
-           r->of ? " of " : "", r->of ? r->of : "", r->note && r->share != 0 ? ", " : "", r->note ? r->note : "");
+           r->of ? " of " : "", r->of ? r->of : "", r->note && r->share != 0 ? ", " : "", r->note ? r->note : "", prediction(said, r));
 }
 
 static void note(struct bench_table *t, const char *path) {

@@ -17,6 +17,7 @@ struct bench_row { /* 0 or NULL: the column stays empty */
     double bytes, flop;    /* what `ms` moves or computes; memory rows: bytes held */
     double share;          /* reached part of a limit, 1 = all */
     const char *of;        /* the limit */
+    double predicted_ms;   /* what engine/cost.h makes of it from the rates of this run */
     const char *note;
 };
 

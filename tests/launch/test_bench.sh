@@ -34,8 +34,28 @@ for key, row in rows.items():
     if key in fit:
         assert row["unit"] == "tokens/s" and abs(float(row["rate"]) * float(row["ms"]) / 1000 / key[1] - 1) < 1e-6, row
         assert float(row["bytes"]) > 2 * 800e3 and row["of"] == "read" and float(row["share"]) > 0, row # 16 bits of 0.8M parameters
+        predicted, measured = float(row["predicted_ms"]), float(row["ms"])
+        assert abs(float(row["predicted_ratio"]) * measured / predicted - 1) < 1e-6 and measured / 100 < predicted < 100 * measured, row
+    else:
+        assert row["predicted_ms"] == row["predicted_ratio"] == "", row
+assert all(float(rows[c, 1, 300]["predicted_ms"]) < float(rows[c, 3, 300]["predicted_ms"]) for c in ("fp16", "kvlinc")), rows
 assert "does not fit" in rows["fp16", 1, 65536]["note"], rows
 assert all(float(rows[c, 1, 300]["bytes"]) < float(rows[c, 3, 300]["bytes"]) for c in ("fp16", "kvlinc")), rows
+PYTHON
+grep --quiet "^decode .*, plan said [0-9.]* ms, [0-9]* % \(less\|more\)$" "$work/output" || fail "the table has no prediction"
+"${start[@]}" bench prefill --model "$shape" --random-weights --caches kvlinc --prompts 100,700 --repeats 1 --csv "$work/prompts.csv" \
+    >"$work/output" 2>"$work/errors" </dev/null || fail "bench prefill with random weights failed"
+python3 - "$work/prompts.csv" <<'PYTHON' || fail "the predictions of prompts are not as they should be"
+import csv, sys
+with open(sys.argv[1], newline="") as file:
+    rows = {(row["item"], int(row["tokens"])): row for row in csv.DictReader(file) if row["section"] == "prefill"}
+assert set(rows) == {(item, n) for item in ("exact", "cached") for n in (100, 700)}, rows.keys()
+for row in rows.values():
+    predicted, measured = float(row["predicted_ms"]), float(row["ms"])
+    assert abs(float(row["predicted_ratio"]) * measured / predicted - 1) < 1e-6 and measured / 100 < predicted < 100 * measured, row
+predicted = {key: float(row["predicted_ms"]) for key, row in rows.items()}
+assert all(predicted[item, 100] < predicted[item, 700] for item in ("exact", "cached")), predicted
+assert predicted["exact", 100] == predicted["cached", 100], predicted # within the window both are steps
 PYTHON
 "${start[@]}" bench decode --model "$shape" --repeats 1 >"$work/output" 2>"$work/errors" </dev/null
 [ $? = 2 ] || fail "a shape without --random-weights: the exit code is not 2"
@@ -58,6 +78,28 @@ of = {(row["cache"], row["batch"], row["tokens"]): float(row["bytes"]) for row i
 assert of["fp16", "1", "1000"] == 1000 * 2 * 2 * 2 * 64 and of["fp16", "2", "129"] == 2 * 129 * 2 * 2 * 2 * 64, of
 assert of["k4v4", "1", "1000"] == 6 * 2 * (128 * 64 + 4 * 64 + 4 * 128) + (1000 - 6 * 128) * 2 * 2 * 2 * 64, of
 PYTHON
+# Prompts too, where they are asked for; heads are the model's. Operations: 4 d for each head, row and token that it sees.
+"${start[@]}" bench attention --model "$shape" --random-weights --contexts 1 --prompts 100,300 --caches fp16,kvlinc --steps 1 --repeats 1 \
+    --csv "$work/prompts.csv" >"$work/output" 2>"$work/errors" </dev/null || fail "bench attention with prompts failed"
+python3 - "$work/prompts.csv" <<'PYTHON' || fail "the rows of attention of prompts are not as they should be"
+import csv, sys
+with open(sys.argv[1], newline="") as file:
+    rows = {(row["item"], row["cache"], int(row["tokens"])): row for row in csv.DictReader(file) if row["item"].startswith("prefill")}
+assert set(rows) == {("prefill, exact", "fp16", 100), ("prefill, exact", "fp16", 300), ("prefill, cached", "fp16", 128),
+                     ("prefill, cached", "fp16", 384), ("prefill, cached, correct", "kvlinc", 128),
+                     ("prefill, cached, correct", "kvlinc", 384)}, rows.keys()
+for (item, cache, n), row in rows.items():
+    seen = n * (n + 1) // 2 if "exact" in item else sum(range(n - 127, n + 1))
+    assert float(row["flop"]) == 4 * 64 * 4 * seen, (row, seen)
+    assert row["unit"] == "TFLOP/s" and abs(float(row["rate"]) * float(row["ms"]) * 1e9 / float(row["flop"]) - 1) < 1e-6, row
+    if "cached" in item:
+        exact = rows["prefill, exact", "fp16", {128: 100, 384: 300}[n]]
+        assert row["of"] == "exact" and abs(float(row["share"]) * float(exact["rate"]) / float(row["rate"]) - 1) < 1e-6, row
+PYTHON
+grep --quiet " % of exact, " "$work/output" || fail "the share of the exact rate is not shown"
+"${start[@]}" bench attention --model "$shape" --random-weights --heads 4 --contexts 1 >"$work/output" 2>"$work/errors" </dev/null
+[ $? = 2 ] || fail "heads of a model and of an option: the exit code is not 2"
+grep --quiet -- "--heads" "$work/errors" || fail "heads of a model and of an option: the message does not name the option"
 "${start[@]}" bench attention --caches bf16 --contexts 1 --steps 1 --repeats 1 >"$work/output" 2>"$work/errors" </dev/null
 [ $? = 2 ] || fail "bench attention with a cache of other blocks: the exit code is not 2"
 code=0
@@ -77,14 +119,14 @@ fi
 python3 - "$work/rows.csv" "$work/output" "$ranks" <<'PYTHON' || fail "the table or the CSV is not well formed"
 import csv, sys
 path, output, ranks = sys.argv[1], open(sys.argv[2]).read().splitlines(), int(sys.argv[3])
-columns = "section item cache batch tokens ms best_ms rate unit bytes flop share of note".split()
+columns = "section item cache batch tokens ms best_ms rate unit bytes flop share of predicted_ms predicted_ratio note".split()
 with open(path, newline="") as file:
     lines = list(csv.reader(file))
 assert lines[0] == columns, lines[0]
 assert all(len(line) == len(columns) for line in lines), "a line with another number of fields"
 rows = [dict(zip(columns, line)) for line in lines[1:]]
 for row in rows:
-    for name in "batch tokens ms best_ms rate bytes flop share".split():
+    for name in "batch tokens ms best_ms rate bytes flop share predicted_ms predicted_ratio".split():
         assert row[name] == "" or float(row[name]) > 0, (name, row)
     assert not row["best_ms"] or float(row["best_ms"]) <= float(row["ms"]), row
 
@@ -101,6 +143,7 @@ for cache in ("kivi", "hadv"): # kvlinc without a calibration runs as hadv
     for tokens in (20, 300):
         for batch in (1, 2):
             row, = of("decode", cache=cache, tokens=tokens, batch=batch)
+            assert float(row["predicted_ms"]) > 0, row
             assert row["unit"] == "tokens/s" and abs(float(row["rate"]) * float(row["ms"]) / 1000 / batch - 1) < 1e-6, row
             assert float(row["bytes"]) > 200e6 and row["of"] == "read", row # 16-bit weights of 135M parameters
     few, many = (float(of("decode", cache=cache, tokens=n, batch=1)[0]["bytes"]) for n in (20, 300))
@@ -108,6 +151,7 @@ for cache in ("kivi", "hadv"): # kvlinc without a calibration runs as hadv
     for tokens in (40, 270):
         for kind in ("exact", "cached"):
             row, = of("prefill", cache=cache, tokens=tokens, item=kind)
+            assert float(row["predicted_ms"]) > 0, row
             assert 2.0 * 100e6 * tokens < float(row["flop"]) < 3.0 * 120e6 * tokens + 2 * 60e6, row
     assert len([row for row in of("memory", cache=cache) if "peak" in row["item"]]) == ranks
 assert of("profile", item="matmul", tokens=300), "no profile"
