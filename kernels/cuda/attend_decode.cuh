@@ -55,40 +55,65 @@ template <class C> __device__ __forceinline__ void decode_wait(struct decode_war
     w.waited = true;
 }
 
+/* Is the tile an encoded page? Else it is a slice. */
+template <class C> __device__ __forceinline__ bool decode_is_page(const struct attend_cursor &at) { return !C::SLICED && at.index < at.n_pages; }
+
+/* Bytes of a page's record. */
+template <class C> __device__ __forceinline__ int decode_record_bytes(const struct decode_warp<C> &w) {
+    return C::BITS == 2 ? KV_BLOCK * C::D / 2 + 4 * C::D + 4 * KV_BLOCK : page_record_size(&w.args->layer.format);
+}
+
+/* The tokens of a slice, of a page in 16 bit or of the stores. */
+template <class C> __device__ __forceinline__ struct attend_tokens decode_tokens(const struct decode_warp<C> &w, const struct attend_cursor &at) {
+    const int per_block = KV_BLOCK / ATTEND_SLICE, row_bytes = 2 * C::D;
+    const struct attend_view *view = &w.plan->view[at.row];
+    if (!C::SLICED || at.index >= at.n_pages)
+        return plan_slice<C::D>(w.args, view, at.kv_head, at.index - at.n_pages);
+    const int token = at.index % per_block * ATTEND_SLICE;
+    const uint8_t *k = at.pages + at.page_id * w.args->layer.page_stride + token * row_bytes;
+    return {token < attend_page_begin(w.args, view, at.index / per_block) ? 0 : ATTEND_SLICE, k, k + KV_BLOCK * row_bytes};
+}
+
+template <class C> __device__ __forceinline__ void decode_copy_page(struct decode_warp<C> &w, const struct attend_cursor &at, int stage) {
+    uint8_t *to = w.stages + stage * w.shape->stage_bytes;
+    const uint8_t *from = at.pages + at.page_id * w.args->layer.page_stride;
+    const int bytes = decode_record_bytes<C>(w);
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    if (w.lane == 0) {
+        stage_expect(w.barriers + stage, (uint32_t)bytes);
+        stage_copy(to, from, (uint32_t)bytes, w.barriers + stage);
+    }
+#else
+    for (int i = w.lane * 16; i < bytes; i += WARP * 16)
+        stage_copy(to + i, from + i, 16, w.barriers + stage);
+#endif
+}
+
+template <class C> __device__ __forceinline__ void decode_copy_slice(struct decode_warp<C> &w, const struct attend_cursor &at, int stage) {
+    const int row_bytes = 2 * C::D, row = w.lane % ATTEND_SLICE, part = w.lane / ATTEND_SLICE;
+    uint8_t *to = w.stages + stage * w.shape->stage_bytes + (part * ATTEND_SLICE + row) * decode_row_stride(C::D);
+    if (at.index >= at.n_pages)
+        decode_wait<C>(w); /* a block in 16 bit, to which this step's tokens were just appended */
+    const struct attend_tokens slice = decode_tokens<C>(w, at);
+    if (w.lane == 0)
+        stage_expect(w.barriers + stage, (uint32_t)(2 * slice.n * row_bytes));
+    __syncwarp();
+    if (row < slice.n) {
+        stage_copy(to, (part ? slice.v : slice.k) + row * row_bytes, row_bytes, w.barriers + stage);
+    } else {
+#pragma unroll 1
+        for (int i = 0; i < row_bytes; i += 16)
+            *(uint4 *)(to + i) = make_uint4(0, 0, 0, 0);
+        stage_fence();
+    }
+}
+
 /* Starts the copy of tile `at` into stage `stage`. All lanes; they have read what was there before. */
 template <class C> __device__ __forceinline__ void decode_copy(struct decode_warp<C> &w, const struct attend_cursor &at, int stage) {
-    const int row_bytes = 2 * C::D, row_stride = decode_row_stride(C::D);
-    uint8_t *to = w.stages + stage * w.shape->stage_bytes;
-    uint64_t *barrier = w.barriers + stage;
-    const struct attend_tile tile = plan_tile<C::D, C::SLICED>(w.args, &w.plan->view[at.row], at.kv_head, at.index, at.page_id);
-    if (!C::SLICED && tile.page) {
-        const int bytes = page_record_size(&w.args->layer.format);
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-        if (w.lane == 0) {
-            stage_expect(barrier, (uint32_t)bytes);
-            stage_copy(to, tile.k, (uint32_t)bytes, barrier);
-        }
-#else
-        for (int i = w.lane * 16; i < bytes; i += WARP * 16)
-            stage_copy(to + i, tile.k + i, 16, barrier);
-#endif
-    } else {
-        const int row = w.lane % ATTEND_SLICE, part = w.lane / ATTEND_SLICE;
-        if (!C::SLICED || at.index >= w.plan->view[at.row].n_pages * (KV_BLOCK / ATTEND_SLICE))
-            decode_wait<C>(w); /* a block in 16 bit, to which this step's tokens were just appended */
-        to += (part * ATTEND_SLICE + row) * row_stride;
-        if (w.lane == 0)
-            stage_expect(barrier, (uint32_t)(2 * tile.n * row_bytes));
-        __syncwarp();
-        if (row < tile.n) {
-            stage_copy(to, (part ? tile.v : tile.k) + row * row_bytes, row_bytes, barrier);
-        } else {
-#pragma unroll 1
-            for (int i = 0; i < row_bytes; i += 16)
-                *(uint4 *)(to + i) = make_uint4(0, 0, 0, 0);
-            stage_fence();
-        }
-    }
+    if (decode_is_page<C>(at))
+        decode_copy_page<C>(w, at, stage);
+    else
+        decode_copy_slice<C>(w, at, stage);
     stage_commit();
 }
 
@@ -114,8 +139,8 @@ template <class C> __device__ __forceinline__ void decode_load_query(struct deco
     }
 }
 
-template <class C> __device__ __forceinline__ bool decode_takes_codes(const struct decode_warp<C> &w, const struct attend_tile &tile) {
-    return !C::SLICED && tile.page && (C::BITS == 2 || w.args->layer.format.k_bits < 16);
+template <class C> __device__ __forceinline__ bool decode_takes_codes(const struct decode_warp<C> &w) {
+    return decode_is_page<C>(w.at) && (C::BITS == 2 || w.args->layer.format.k_bits < 16);
 }
 
 template <class C> __device__ __forceinline__ void decode_prepare_mean(const struct decode_warp<C> &w, int local,
@@ -148,7 +173,7 @@ template <class C> __device__ __forceinline__ void decode_page(struct decode_war
             offset[e] = 0.0f;
         }
     }
-    const int begin = attend_page_begin(w.args, &w.plan->view[w.at.row], local);
+    const int begin = local == 0 ? attend_page_begin(w.args, &w.plan->view[w.at.row], 0) : 0;
     if (begin > 0) {
 #pragma unroll
         for (int i = 0; i < N; i++)
@@ -267,37 +292,35 @@ __device__ __forceinline__ void decode_end_segment(struct decode_warp<C> &w, str
 /* Tiles begin .. end - 1, at least one. */
 template <class C>
 __device__ __forceinline__ void decode_walk(struct decode_warp<C> &w, struct attend_plan *plan, int team, int begin, int end) {
-    const int n_stages = w.shape->n_stages, n = end - begin, n_kv_heads = w.args->layout.n_kv_heads;
+    const int n_stages = w.shape->n_stages, n = end - begin;
     struct attend_cursor ahead;
-    w.at = ahead = cursor_at(plan, w.args->n_rows, begin);
+    w.at = ahead = cursor_at<C::SLICED>(w.args, plan, begin);
     w.loaded = decode_warp<C>::NO_QUERY;
     sums_clear<C::D>(w.sums);
-    cursor_look_up<C::SLICED>(w.args, plan, &ahead);
+    cursor_look_up<C::SLICED>(&ahead);
     int stage = 0;
     uint32_t parity = 0;
 #pragma unroll 1
     for (int i = -n_stages; i < n; i++) { /* tile i is computed, tile i + n_stages copied into the stage that it leaves */
-        const struct attend_tile tile = plan_tile<C::D, C::SLICED>(w.args, &plan->view[w.at.row], w.at.kv_head, w.at.index, 0);
         if (i >= 0 || i == -n_stages) /* the first before any copy: behind them it would wait until they are through */
-            decode_load_query<C>(w, decode_takes_codes<C>(w, tile));
+            decode_load_query<C>(w, decode_takes_codes<C>(w));
         if (i >= 0) {
             const uint8_t *data = w.stages + stage * w.shape->stage_bytes;
             stage_wait(w.barriers + stage, parity, n_stages);
-            if (!tile.page)
-                decode_slice<C>(w, data, tile.n);
+            if (!decode_is_page<C>(w.at))
+                decode_slice<C>(w, data, decode_tokens<C>(w, w.at).n);
             else if constexpr (!C::SLICED)
-                decode_page<C>(w, data, tile.local);
-            struct attend_cursor next = w.at;
+                decode_page<C>(w, data, w.at.index);
             const bool over = i == n - 1;
-            if (cursor_next(plan, w.args->n_rows, n_kv_heads, &next) || over)
+            if (w.at.index == w.at.n - 1 || over)
                 decode_end_segment<C>(w, plan, team, begin, end, over, (float *)(over ? w.stages : (uint8_t *)data));
-            w.at = next;
+            cursor_next<C::SLICED>(w.args, plan, &w.at);
             __syncwarp();
         }
         if (i + n_stages < n) {
             decode_copy<C>(w, ahead, stage);
-            cursor_next(plan, w.args->n_rows, n_kv_heads, &ahead);
-            cursor_look_up<C::SLICED>(w.args, plan, &ahead);
+            cursor_next<C::SLICED>(w.args, plan, &ahead);
+            cursor_look_up<C::SLICED>(&ahead);
             __syncwarp();
         } else {
             stage_commit();

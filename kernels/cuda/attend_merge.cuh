@@ -175,18 +175,15 @@ template <int D>
 __device__ __forceinline__ void join_teams(const struct attend_args *args, const struct attend_shape *shape, const struct attend_plan *plan,
                                            const uint8_t *stages, int n_warps) {
     const int n_kv_heads = args->layout.n_kv_heads, group = args->n_heads / n_kv_heads, warp_bytes = shape->n_stages * shape->stage_bytes;
+    const int lane = (int)threadIdx.x % WARP, own_edge = lane < 2 * shape->n_teams ? plan->edge[lane] : -1;
     int turn = (int)threadIdx.x / WARP;
 #pragma unroll 1
-    for (int i = 0; i < 2 * shape->n_teams; i++) {
-        const int edge = plan->edge[i], first = i / 2;
-        if (edge < 0)
-            continue;
+    for (unsigned edges = __ballot_sync(0xffffffffu, own_edge >= 0); edges; edges &= edges - 1) {
+        const int i = __ffs((int)edges) - 1, edge = plan->edge[i], first = i / 2;
         const int row = (int)((unsigned)edge / (unsigned)n_kv_heads);
         const struct attend_segment s = plan_segment(plan, row, edge - row * n_kv_heads);
         const int end = min(s.end, plan->team[shape->n_teams]);
-        int last = first;
-        while (last + 1 < shape->n_teams && plan->team[last + 1] < end)
-            last++;
+        const int last = __popc(__ballot_sync(0xffffffffu, lane < shape->n_teams && plan->team[lane] < end)) - 1;
 #pragma unroll 1
         for (; turn < group; turn += n_warps) {
             const int pass = turn / shape->pass_heads;

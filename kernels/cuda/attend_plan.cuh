@@ -9,7 +9,7 @@
 #include "kernels/cuda/attend.cuh"
 
 enum {
-    DECODE_MAX_WARPS = 12,     /* of a CTA: 168 registers a thread, enough for four heads and nothing but the usual */
+    DECODE_MAX_WARPS = 12,     /* of a CTA, at most 16: 168 registers a thread, enough for four heads and nothing but the usual */
     DECODE_MAX_WARPS_WIDE = 8, /* with eight heads a warp, or with bits that are read or mean keys: up to 255 registers */
 };
 
@@ -87,12 +87,10 @@ __device__ static inline int team_begin_of(const struct attend_shape *shape, int
     return share_begin(&share, team) - max(team - first_side, 0) * worth;
 }
 
-/* What one tile is. */
-struct attend_tile {
-    bool page;           /* a whole page, else a slice */
-    int local;           /* page: local index */
-    int n;               /* slice: its first n tokens count */
-    const uint8_t *k, *v; /* slice: rows of K and of V; page: k is the record */
+/* A slice: its first n tokens count. */
+struct attend_tokens {
+    int n;
+    const uint8_t *k, *v; /* rows of K and of V */
 };
 
 /* 16-bit tokens of a view: sink and window, in slices. */
@@ -106,46 +104,32 @@ __device__ static inline int plan_exact_slices(const struct attend_args *args, c
     return n + (attend_window_tokens(view->position, last) + ATTEND_SLICE - 1) / ATTEND_SLICE;
 }
 
-/* Tile `index` of a segment. SLICED: pages are plain 16-bit rows and come in slices. page_id: of the page that it belongs to. */
-template <int D, bool SLICED>
-__device__ static inline struct attend_tile plan_tile(const struct attend_args *args, const struct attend_view *view, int kv_head,
-                                                      int index,
-                                                      int page_id) {
-    const int per_block = KV_BLOCK / ATTEND_SLICE, row_bytes = 2 * D, n_of_pages = view->n_pages * (SLICED ? per_block : 1);
-    struct attend_tile tile = {false, 0, ATTEND_SLICE, NULL, NULL};
-    if (index < n_of_pages) {
-        tile.page = !SLICED;
-        tile.local = SLICED ? index / per_block : index;
-        tile.k = attend_page_at(args, page_id, kv_head);
-        if (SLICED) {
-            int token = index % per_block * ATTEND_SLICE;
-            tile.n = token < attend_page_begin(args, view, tile.local) ? 0 : ATTEND_SLICE;
-            tile.k += token * row_bytes;
-            tile.v = tile.k + KV_BLOCK * row_bytes;
-        }
-        return tile;
-    }
-    index -= n_of_pages;
-    int n_sink = attend_sink_tokens(args, view);
+/* Slice `index` of a segment's 16-bit tokens in sink and window. */
+template <int D>
+__device__ static inline struct attend_tokens plan_slice(const struct attend_args *args, const struct attend_view *view, int kv_head, int index) {
+    const int per_block = KV_BLOCK / ATTEND_SLICE, row_bytes = 2 * D, n_sink = attend_sink_tokens(args, view);
+    struct attend_tokens slice = {ATTEND_SLICE, NULL, NULL};
     if (index < n_sink / ATTEND_SLICE) {
-        tile.k = attend_sink_rows(args, view, kv_head) + index * ATTEND_SLICE * row_bytes;
-        tile.v = tile.k + n_sink * row_bytes;
-        return tile;
+        slice.k = attend_sink_rows(args, view, kv_head) + index * ATTEND_SLICE * row_bytes;
+        slice.v = slice.k + n_sink * row_bytes;
+        return slice;
     }
     index -= n_sink / ATTEND_SLICE;
     int block = view->window + index / per_block * args->layout.cp_size, token = index % per_block * ATTEND_SLICE;
-    tile.k = attend_window_rows(args, view, block, kv_head) + token * row_bytes;
-    tile.v = tile.k + KV_BLOCK * row_bytes;
-    tile.n = min(ATTEND_SLICE, attend_window_tokens(view->position, block) - token);
-    return tile;
+    slice.k = attend_window_rows(args, view, block, kv_head) + token * row_bytes;
+    slice.v = slice.k + KV_BLOCK * row_bytes;
+    slice.n = min(ATTEND_SLICE, attend_window_tokens(view->position, block) - token);
+    return slice;
 }
 
-/* Row `row` of the plan. In range: rows up to args->n_rows exist, but those that do not count hold anything. */
+/* Row `row` of the plan, read before it is known whether it counts. In range: rows up to args->n_rows exist. */
 template <bool SLICED>
 __device__ static inline int plan_row(const struct attend_args *args, int n_rows, int row, bool any_run, struct attend_view *view) {
-    if (row >= n_rows || args->in->row[row].seq < 0 || (any_run && attend_in_long_run(args->in, n_rows, row)))
+    const int4 words = *(const int4 *)&args->in->row[row];
+    const struct step_row at = {words.x, words.y, words.z, words.w};
+    if (row >= n_rows || at.seq < 0 || (any_run && attend_in_long_run(args->in, n_rows, row)))
         return 0;
-    *view = attend_view_of(args, &args->in->row[row]);
+    *view = attend_view_of(args, &at);
     return view->n_pages * (SLICED ? KV_BLOCK / ATTEND_SLICE : 1) + plan_exact_slices(args, view);
 }
 
@@ -200,46 +184,59 @@ __device__ static inline struct attend_segment plan_segment(const struct attend_
     return {row, kv_head, begin, begin + n};
 }
 
-/* A place in the walk over tiles. */
+/* A place in the walk over tiles: tile `index` of the n of a segment. What is needed for each of its pages is kept. */
 struct attend_cursor {
-    int row, kv_head, index, n; /* tile `index` of n */
-    int page_id;                /* of that tile's page, where it has one; asked for early, so that its latency is hidden */
+    int row, kv_head, index, n;
+    int n_pages;            /* tiles in pages: the first ones */
+    const int32_t *table;   /* the row's page ids */
+    const uint8_t *pages;   /* the KV head's record in page 0 */
+    int page_id;            /* of the tile's page, where it has one; asked for early, so that its latency is hidden */
 };
 
+/* The first tile of a segment; n = 0 behind the last one. */
 template <bool SLICED>
-__device__ static inline void cursor_look_up(const struct attend_args *args, const struct attend_plan *plan, struct attend_cursor *at) {
+__device__ static inline void cursor_enter(const struct attend_args *args, const struct attend_plan *plan, struct attend_cursor *at) {
     if (at->n == 0)
-        return; /* the end */
+        return;
     const struct attend_view *view = &plan->view[at->row];
-    int local = SLICED ? at->index / (KV_BLOCK / ATTEND_SLICE) : at->index;
-    if (local < view->n_pages)
-        at->page_id = attend_page_id(args, view, local);
+    at->n_pages = view->n_pages * (SLICED ? KV_BLOCK / ATTEND_SLICE : 1);
+    at->table = args->page_table + view->seq * args->table_stride;
+    at->pages = attend_page_at(args, 0, at->kv_head);
+}
+
+template <bool SLICED> __device__ static inline void cursor_look_up(struct attend_cursor *at) {
+    if (at->index < at->n_pages)
+        at->page_id = at->table[SLICED ? at->index / (KV_BLOCK / ATTEND_SLICE) : at->index];
 }
 
 /* At tile `tile` of all, below the total. By a warp. */
-__device__ static inline struct attend_cursor cursor_at(const struct attend_plan *plan, int n_rows, int tile) {
+template <bool SLICED>
+__device__ static inline struct attend_cursor cursor_at(const struct attend_args *args, const struct attend_plan *plan, int tile) {
     int row = -1; /* the last that begins at or before the tile: it is not empty */
-    for (int first = 0; first < n_rows; first += WARP) {
+    for (int first = 0; first < args->n_rows; first += WARP) {
         const int other = first + (int)threadIdx.x % WARP;
-        row += __popc(__ballot_sync(0xffffffffu, other < n_rows && plan->begin[other] <= tile));
+        row += __popc(__ballot_sync(0xffffffffu, other < args->n_rows && plan->begin[other] <= tile));
     }
-    struct attend_cursor at = {row, 0, 0, plan->n_tiles[row], 0};
+    struct attend_cursor at = {row, 0, 0, plan->n_tiles[row], 0, NULL, NULL, 0};
     const unsigned within = (unsigned)(tile - plan->begin[row]);
     at.kv_head = (int)(within / (unsigned)at.n);
     at.index = (int)(within % (unsigned)at.n);
+    cursor_enter<SLICED>(args, plan, &at);
     return at;
 }
 
-/* To the next tile; n = 0 behind the last. True where another segment begins. */
-__device__ static inline bool cursor_next(const struct attend_plan *plan, int n_rows, int n_kv_heads, struct attend_cursor *at) {
+/* To the next tile; n = n_pages = 0 behind the last. True where another segment begins. */
+template <bool SLICED>
+__device__ static inline bool cursor_next(const struct attend_args *args, const struct attend_plan *plan, struct attend_cursor *at) {
     if (++at->index < at->n)
         return false;
     at->index = 0;
-    if (++at->kv_head == n_kv_heads) {
-        at->kv_head = 0;
+    if (++at->kv_head == args->layout.n_kv_heads) {
+        at->kv_head = at->n_pages = 0;
         do
-            at->n = ++at->row < n_rows ? plan->n_tiles[at->row] : 0;
-        while (at->n == 0 && at->row < n_rows);
+            at->n = ++at->row < args->n_rows ? plan->n_tiles[at->row] : 0;
+        while (at->n == 0 && at->row < args->n_rows);
     }
+    cursor_enter<SLICED>(args, plan, at);
     return true;
 }

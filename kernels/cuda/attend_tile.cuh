@@ -173,25 +173,29 @@ __device__ __forceinline__ void query_for_rows(const T *q, bool there, int lane,
 /* log2 of bits, so that divisions are shifts also where bits are not a constant. */
 __device__ __forceinline__ int bits_log2(int bits) { return bits == 2 ? 1 : bits == 4 ? 2 : 3; }
 
-/* c[n] += codes times b[n], rows 16 tile .. of a matrix of N_STEPS steps. codes: this lane's 16 bytes of chunk 0. The chunk of step u is
- * u / (16 / bits) < rows / 16 * N_STEPS * bits / 16: within the codes. */
-template <int N_STEPS, int N>
-__device__ __forceinline__ void code_product(int log2_bits, const uint8_t *codes, int tile, const uint32_t (&b)[N][N_STEPS][2],
-                                             float (&c)[N][4]) {
+/* c[k][n] += codes times b[n], rows 16 (tile + k apart) .. of a matrix of N_STEPS steps, k < K. codes: this lane's 16 bytes of chunk 0. The
+ * chunk of step u is u / (16 / bits) < rows / 16 * N_STEPS * bits / 16: within the codes. Each sum is a chain of products, and a
+ * product takes long: K chains run side by side. */
+template <int K, int N_STEPS, int N>
+__device__ __forceinline__ void code_product(int log2_bits, const uint8_t *codes, int tile, int apart, const uint32_t (&b)[N][N_STEPS][2],
+                                             float (&c)[K][N][4]) {
     const int log2_word = 4 - log2_bits, log2_byte = 3 - log2_bits, bits = 1 << log2_bits; /* log2 of steps in a word, in a byte */
-    uint4 words = make_uint4(0, 0, 0, 0);
+    uint4 words[K];
 #pragma unroll
-    for (int s = 0; s < N_STEPS; s++) {
-        const int u = tile * N_STEPS + s, within = u & ((1 << log2_word) - 1);
-        if (s == 0 || within == 0)
-            words = *(const uint4 *)(codes + (u >> log2_word) * PAGE_CHUNK_BYTES);
-        const int shift = 8 * (within >> log2_byte); /* bytes of a half; what falls out of the upper half is masked away */
-        const uint32_t mask = ((1u << bits) - 1) * 0x00010001u << bits * (u & ((1 << log2_byte) - 1));
-        uint32_t a0 = words.x >> shift & mask, a1 = words.y >> shift & mask, a2 = words.z >> shift & mask, a3 = words.w >> shift & mask;
+    for (int s = 0; s < N_STEPS; s++)
 #pragma unroll
-        for (int n = 0; n < N; n++)
-            mma_add<__half>(c[n], a0, a1, a2, a3, b[n][s][0], b[n][s][1]);
-    }
+        for (int k = 0; k < K; k++) {
+            const int u = (tile + k * apart) * N_STEPS + s, within = u & ((1 << log2_word) - 1);
+            if (s == 0 || within == 0)
+                words[k] = *(const uint4 *)(codes + (u >> log2_word) * PAGE_CHUNK_BYTES);
+            const int shift = 8 * (within >> log2_byte); /* bytes of a half; what falls out of the upper half is masked away */
+            const uint32_t mask = ((1u << bits) - 1) * 0x00010001u << bits * (u & ((1 << log2_byte) - 1));
+            uint32_t a0 = words[k].x >> shift & mask, a1 = words[k].y >> shift & mask, a2 = words[k].z >> shift & mask,
+                     a3 = words[k].w >> shift & mask;
+#pragma unroll
+            for (int n = 0; n < N; n++)
+                mma_add<__half>(c[k][n], a0, a1, a2, a3, b[n][s][0], b[n][s][1]);
+        }
 }
 
 /* Largest of the fp16 numbers >= 0 that the lanes hold (in the halves that `halves` selects): its biased exponent, at least 1. */
@@ -319,17 +323,17 @@ __device__ __forceinline__ void code_scores(int log2_bits, const uint8_t *part, 
     code_queries<D, SPLIT, PLUS>(log2_bits, part + (KV_BLOCK * D / 8 << log2_bits), lane, query, b, factor, offset);
 #pragma unroll
     for (int i = 0; i < (SPLIT ? 4 : 8); i++) {
-        float c[2][SPLIT ? 1 : 2][4] = {};
+        float c[SPLIT ? 2 : 1][SPLIT ? 1 : 2][4] = {};
+        code_product<SPLIT ? 2 : 1, D / 16, SPLIT ? 1 : 2>(log2_bits, codes, i, 4, b, c);
 #pragma unroll
-        for (int half = 0; half < (SPLIT ? 2 : 1); half++) {
-            code_product<D / 16, SPLIT ? 1 : 2>(log2_bits, codes, i + 4 * half, b, c[half]);
+        for (int half = 0; half < (SPLIT ? 2 : 1); half++)
             if (PLUS && mean.rows)
                 mean_add<D, SPLIT>(mean, i + 4 * half, lane, factor, c[half][0]);
-        }
 #pragma unroll
         for (int r = 0; r < 4; r++) {
             if (SPLIT) { /* high + low: each lane keeps one tile's part and gets the other part of it from two lanes away */
-                float keep = lane_is_second(lane) ? c[1][0][r] : c[0][0][r], give = lane_is_second(lane) ? c[0][0][r] : c[1][0][r];
+                float keep = lane_is_second(lane) ? c[SPLIT ? 1 : 0][0][r] : c[0][0][r];
+                float give = lane_is_second(lane) ? c[0][0][r] : c[SPLIT ? 1 : 0][0][r];
                 s[i][r] = keep + __shfl_xor_sync(0xffffffffu, give, 2);
             } else {
                 s[i][r] = c[0][0][r] + c[0][SPLIT ? 0 : 1][r];
@@ -470,12 +474,14 @@ __device__ __forceinline__ void code_values(int log2_bits, const uint8_t *part, 
         sums.zero[e] = fmaf(zero[e], gain[e], sums.zero[e]);
     }
 #pragma unroll
-    for (int j = 0; j < D / 16; j++) {
-        float c[1][4] = {};
-        code_product<TILE_STEPS, 1>(log2_bits, part + lane * 16, j, b, c);
+    for (int j = 0; j < D / 16; j += 2) {
+        float c[2][1][4] = {};
+        code_product<2, TILE_STEPS, 1>(log2_bits, part + lane * 16, j, 1, b, c);
 #pragma unroll
-        for (int r = 0; r < 4; r++)
-            sums.y[j][r] = fmaf(c[0][r], worth[r % 2], sums.y[j][r]);
+        for (int k = 0; k < 2; k++)
+#pragma unroll
+            for (int r = 0; r < 4; r++)
+                sums.y[j + k][r] = fmaf(c[k][0][r], worth[r % 2], sums.y[j + k][r]);
     }
 }
 
