@@ -338,6 +338,7 @@ static int cuda_launch_op(struct stream *stream, int op, const void *args, size_
     s->launch.previous = previous;
     int status = launchers[op](&s->launch, args);
     s->launch.previous = op;
+    s->launch.turn = !s->launch.turn;
     return keep(s, status);
 }
 

@@ -11,8 +11,8 @@ enum {
     STAGE_ALIGN = 128,
     SHARED_80 = 163 << 10, SHARED_86 = 99 << 10, SHARED_90 = 227 << 10, /* shared memory a CTA can have (CUDA manual, table of limits) */
     SIDE_MAX_WARPS = 4,       /* of a CTA for the correction */
-    SIDE_STEP_COST = 3,       /* quarters of a tile: what 16 features and 8 channels of four heads take, measured */
-    SIDE_ITEM_COST = 3,       /* the same for phi and for waiting */
+    SIDE_STEP_COST = 3,       /* sixteenths of a tile: what 16 features and 8 channels of a head take, by instructions */
+    SIDE_ITEM_COST = 6,       /* the same for phi and for waiting */
 };
 
 /* ---- choice --------------------------------------------------------------------------------------------------------- */
@@ -45,18 +45,18 @@ template <int D> static struct decode_choice choose_kernel(const struct attend_a
 /* Can the correction run beside this attention? */
 static bool side_can(const struct attend_args *args) { return args->layer.features == SIDE_FEATURES && !args->layer.phi_q_per_head; }
 
-/* Slices of a segment's correction: as many as give every multiprocessor one, at most one for each step. */
+/* Slices of a head's correction: as many as give all warps that can take part one, at most one for each step. */
 static struct attend_side choose_side(const struct cuda_launch *launch, const struct attend_args *args, int n_teams) {
     struct attend_side side = {0};
-    int64_t n_segments = (int64_t)args->n_rows * args->layout.n_kv_heads;
-    int most = args->layout.head_dim / SIDE_STEP_CHANNELS, quads = (int)ceil_div(args->n_heads / args->layout.n_kv_heads, SIDE_HEADS);
+    int64_t n_heads = (int64_t)args->n_rows * args->n_heads, most_warps = min_i64(SIDE_MAX_WARPS, n_teams / 2);
+    int most = args->layout.head_dim / SIDE_STEP_CHANNELS;
     side.n_slices = 1;
-    while (side.n_slices < most && 2 * side.n_slices * n_segments <= launch->n_sms)
+    while (side.n_slices < most && 2 * side.n_slices * n_heads <= launch->n_sms * most_warps)
         side.n_slices *= 2;
-    int64_t n_items = n_segments * side.n_slices;
-    side.n_warps = (int)min_i64(min_i64(SIDE_MAX_WARPS, n_teams / 2), ceil_div(n_items, launch->n_sms));
+    int64_t n_items = n_heads * side.n_slices;
+    side.n_warps = (int)min_i64(most_warps, ceil_div(n_items, launch->n_sms));
     int64_t each = ceil_div(n_items, (int64_t)launch->n_sms * side.n_warps);
-    side.n_tiles = (int)ceil_div(each * (SIDE_ITEM_COST + SIDE_STEPS / side.n_slices * SIDE_STEP_COST) * quads, 4);
+    side.n_tiles = (int)ceil_div(each * (SIDE_ITEM_COST + SIDE_STEPS / side.n_slices * SIDE_STEP_COST), 16);
     return side;
 }
 
@@ -79,20 +79,22 @@ static struct attend_shape choose_shape(const struct cuda_launch *launch, const 
     return shape;
 }
 
-/* Where pieces and logits lie in the scratch. */
+/* Where pieces and logits lie in the scratch. An attention may begin while another one in front of it ends, so they take turns in its
+ * halves; the second next begins when the first has ended, because one of its blocks takes the place of one of the next that has waited for
+ * that. */
 static int place_scratch(const struct cuda_launch *launch, const struct attend_args *args, struct attend_shape *shape) {
     int64_t group = args->n_heads / args->layout.n_kv_heads, n_segments = (int64_t)args->n_rows * args->layout.n_kv_heads;
     int64_t piece = group * piece_floats(args->layout.head_dim), n_ctas = launch->n_sms;
     int64_t teams = n_ctas * shape->n_teams * piece, pieces = (n_ctas + n_segments) * piece;
     int64_t floats = teams + pieces + (shape->side.n_slices ? n_segments * group * SIDE_FEATURES : 0);
-    int64_t n_counters = n_segments * (group + 1);
-    if (floats * (int64_t)sizeof(float) > (int64_t)CUDA_SCRATCH_BYTES || n_counters > CUDA_COUNTERS)
+    int64_t n_counters = 2 * n_segments * group;
+    if (floats * (int64_t)sizeof(float) > (int64_t)CUDA_SCRATCH_BYTES / 2 || n_counters > CUDA_COUNTERS / 2)
         FAIL(STATUS_USAGE, "attend: %d rows of %d heads want %lld bytes of scratch and %lld counters, there are %lld and %d", args->n_rows,
-             args->n_heads, (long long)floats * (long long)sizeof(float), (long long)n_counters, (long long)CUDA_SCRATCH_BYTES, CUDA_COUNTERS);
-    shape->team_pieces = (float *)launch->scratch;
+             args->n_heads, (long long)floats * (long long)sizeof(float), (long long)n_counters, (long long)CUDA_SCRATCH_BYTES / 2, CUDA_COUNTERS / 2);
+    shape->team_pieces = (float *)((uint8_t *)launch->scratch + launch->turn * (CUDA_SCRATCH_BYTES / 2));
     shape->pieces = shape->team_pieces + teams;
     shape->side.logits = shape->pieces + pieces;
-    shape->arrived = launch->counters;
+    shape->arrived = launch->counters + launch->turn * (CUDA_COUNTERS / 2);
     return STATUS_OK;
 }
 
@@ -133,6 +135,7 @@ static int launch_decode(const struct cuda_launch *launch, const struct attend_a
     if (side)
         shape.side = choose_side(launch, args, shape.n_teams);
     shape.early = early;
+    shape.early_window = early && launch->previous == OP_attend_step;
     shape.out = out;
     TRY(place_scratch(launch, args, &shape));
     int dynamic = shape.n_warps * shape.n_stages * shape.stage_bytes;
@@ -153,7 +156,10 @@ extern "C" int cuda_attend(const struct cuda_launch *launch, const struct attend
     return any_run ? cuda_attend_block(launch, args) : STATUS_OK; /* last: it may overwrite the pieces */
 }
 
-/* What the operation in front wrote is not read before the kernel waits for it, but for 16-bit blocks, where it does. */
+/* Whether all that the operation in front wrote is read behind the kernel's wait: 16-bit blocks are; pages, their table, states and q are
+ * read before, and were written by older ones. Those are done: what is in front waits for them before it lets this kernel begin. Only an
+ * attention itself does not, so that the next one's blocks follow its own on each multiprocessor one by one; it writes none of these. All
+ * other kernels read before their wait only what no operation of a step writes, so none of them minds. */
 static bool can_be_early(const struct cuda_launch *launch) { return launch->previous == OP_append || launch->previous == OP_attend_step; }
 
 extern "C" int cuda_attend_step(const struct cuda_launch *launch, const struct attend_step_args *args) {

@@ -46,12 +46,10 @@ template <class C> struct decode_warp {
 
 /* ---- copies --------------------------------------------------------------------------------------------------------- */
 
-/* Before it reads what the kernel in front may have written, and before it writes. */
+/* Before it reads what the kernel in front may have written, and before it writes what others read. */
 template <class C> __device__ __forceinline__ void decode_wait(struct decode_warp<C> &w) {
-    if (w.waited)
-        return;
-    wait_for_earlier();
-    let_later_begin();
+    if (!w.waited)
+        wait_for_earlier();
     w.waited = true;
 }
 
@@ -92,7 +90,7 @@ template <class C> __device__ __forceinline__ void decode_copy_page(struct decod
 template <class C> __device__ __forceinline__ void decode_copy_slice(struct decode_warp<C> &w, const struct attend_cursor &at, int stage) {
     const int row_bytes = 2 * C::D, row = w.lane % ATTEND_SLICE, part = w.lane / ATTEND_SLICE;
     uint8_t *to = w.stages + stage * w.shape->stage_bytes + (part * ATTEND_SLICE + row) * decode_row_stride(C::D);
-    if (at.index >= at.n_pages)
+    if (at.index >= at.n_pages && !w.shape->early_window)
         decode_wait<C>(w); /* a block in 16 bit, to which this step's tokens were just appended */
     const struct attend_tokens slice = decode_tokens<C>(w, at);
     if (w.lane == 0)
@@ -262,30 +260,41 @@ template <class C> __device__ __forceinline__ void decode_leave(struct decode_wa
 
 /* ---- the walk ----------------------------------------------------------------------------------------------------------- */
 
-/* The end of a segment, or of the team's tiles [begin, end): what is known of it goes where it is looked for. `free`: the stage that the last
- * tile was in; the warp's first stage when the walk is over. */
+/* The end of a segment, or of the team's tiles [begin, end): what is known of it goes where it is looked for. That of a segment which the team
+ * has alone is a piece of the CTA at once. */
 template <class C>
-__device__ __forceinline__ void decode_end_segment(struct decode_warp<C> &w, struct attend_plan *plan, int team, int begin, int end, bool over,
-                                                   float *free) {
+__device__ __forceinline__ void decode_end_segment(struct decode_warp<C> &w, struct attend_plan *plan, int team, int begin, int end, bool over) {
     const struct attend_segment s = plan_segment(plan, w.at.row, w.at.kv_head);
-    const int group = w.args->n_heads / w.args->layout.n_kv_heads;
+    const int n_kv_heads = w.args->layout.n_kv_heads, group = w.args->n_heads / n_kv_heads, segment = w.at.row * n_kv_heads + w.at.kv_head;
     const bool whole = s.begin >= begin && s.end <= end, first = s.begin < begin;
-    float *to = free;
-    if (!whole && !over)
+    float *to = (float *)w.stages;
+    if (whole)
+        to = cta_piece(w.shape, (int)blockIdx.x, segment, group, w.first_head, C::D);
+    else if (!over)
         to = w.shape->team_pieces + (((int64_t)blockIdx.x * w.shape->n_teams + team) * group + w.first_head) * piece_floats(C::D);
-    if (whole || !over)
-        decode_wait<C>(w);
     __syncwarp(); /* all lanes have read the stage */
     decode_leave<C>(w, to);
+    if (!whole && w.first_head == 0 && w.lane == 0 && (!first || begin == plan->team[0]))
+        plan->edge[2 * team + (first ? 0 : 1)] = segment; /* no earlier team of the CTA has it */
+}
+
+/* What follows for the segments that the team has alone. */
+template <class C>
+__device__ __forceinline__ void decode_finish_segments(const struct decode_warp<C> &w, const struct attend_plan *plan, int begin, int end) {
+    struct attend_cursor at = cursor_at<C::SLICED>(w.args, plan, begin);
+    const int n_kv_heads = w.args->layout.n_kv_heads, group = w.args->n_heads / n_kv_heads;
     __syncwarp();
-    if (whole) {
 #pragma unroll 1
-        for (int i = 0; i < w.n_heads; i++, to += piece_floats(C::D))
-            head_deliver<C::D>(w.args, w.shape, plan, s, w.first_head + i, {to, to, 0, 1});
-        __syncwarp();
-        stage_fence();
-    } else if (w.first_head == 0 && w.lane == 0 && (!first || begin == plan->team[0])) {
-        plan->edge[2 * team + (first ? 0 : 1)] = w.at.row * w.args->layout.n_kv_heads + w.at.kv_head; /* no earlier team of the CTA has it */
+    for (struct attend_segment s = plan_segment(plan, at.row, at.kv_head); s.begin < end && at.n > 0;
+         s = plan_segment(plan, at.row, at.kv_head)) {
+#pragma unroll 1
+        for (int i = w.first_head; i < w.first_head + w.n_heads && s.begin >= begin && s.end <= end; i++) {
+            const float *piece = cta_piece(w.shape, (int)blockIdx.x, at.row * n_kv_heads + at.kv_head, group, i, C::D);
+            head_merge<C::D>(w.args, w.shape, plan, s, i, {piece, piece, 0, 1}, false);
+        }
+        at.index = at.n - 1;
+        if (cursor_next<C::SLICED>(w.args, plan, &at) && at.n == 0)
+            return;
     }
 }
 
@@ -313,7 +322,7 @@ __device__ __forceinline__ void decode_walk(struct decode_warp<C> &w, struct att
                 decode_page<C>(w, data, w.at.index);
             const bool over = i == n - 1;
             if (w.at.index == w.at.n - 1 || over)
-                decode_end_segment<C>(w, plan, team, begin, end, over, (float *)(over ? w.stages : (uint8_t *)data));
+                decode_end_segment<C>(w, plan, team, begin, end, over);
             cursor_next<C::SLICED>(w.args, plan, &w.at);
             __syncwarp();
         }
@@ -346,6 +355,7 @@ static __global__ void __launch_bounds__(C::MAX_WARPS *WARP, 1)
     stage_fence();
     if (!shape.early)
         wait_for_earlier();
+    let_later_begin(); /* before it waits, against the rule: can_be_early says why */
     plan_make<C::SLICED>(&args, &shape, any_run, &plan);
     struct decode_warp<C> w;
     const int group = args.n_heads / args.layout.n_kv_heads, pass = warp % shape.n_passes, begin = plan.team[team], end = plan.team[team + 1];
@@ -361,9 +371,10 @@ static __global__ void __launch_bounds__(C::MAX_WARPS *WARP, 1)
     const int side = pass == 0 ? team - (shape.n_teams - shape.side.n_warps) : -1; /* this warp among those of the correction */
     if (side >= 0)
         side_logits<C::D, typename C::T>(&args, &shape, &plan, side);
-    if (begin < end)
+    if (begin < end) {
         decode_walk<C>(w, &plan, team, begin, end);
-    decode_wait<C>(w);
+        decode_finish_segments<C>(w, &plan, begin, end);
+    }
     const int n_joiners = shape.n_warps - shape.side.n_warps * shape.n_passes; /* the correction's warps have their own work to do */
     if (warp < n_joiners) {
         barrier_wait((int)blockDim.x);
@@ -373,5 +384,6 @@ static __global__ void __launch_bounds__(C::MAX_WARPS *WARP, 1)
         if (side >= 0)
             side_states<C::D>(&args, &shape, &plan, side);
     }
+    decode_wait<C>(w);
     empty_rows<C::D>(&args, &shape, &plan, any_run);
 }

@@ -8,7 +8,7 @@
 #include "kernels/cuda/attend_mma.cuh"
 #include "kernels/cuda/attend_plan.cuh"
 
-enum { MERGE_AT_ONCE = 4 }; /* pieces whose loads are in flight together */
+enum { MERGE_AT_ONCE = 16 }; /* pieces whose loads are in flight together: a divisor of 32 */
 
 #define LN_2 0.69314718055994531f
 
@@ -40,15 +40,14 @@ struct piece_list {
     int stride, n;
 };
 __device__ __forceinline__ const float *piece_at(const struct piece_list &list, int i) {
-    return i == list.n - 1 ? list.last : list.first + (int64_t)i * list.stride;
+    return i >= list.n - 1 ? list.last : list.first + (int64_t)i * list.stride;
 }
 
+/* A warp works here alone, so what counts is the length of its chain: loads of Y go out first, each lane weighs one piece. */
 template <int D> __device__ __forceinline__ void head_join(const struct piece_list &list, struct head_sums<D> &sums) {
     const int lane = (int)threadIdx.x % WARP;
-    float m = -INFINITY;
-    for (int i = lane; i < list.n; i += WARP)
-        m = fmaxf(m, piece_at(list, i)[D]);
-    sums.m = warp_max(m);
+    float weight = 0.0f;
+    sums.m = -INFINITY;
     sums.l = 0.0f;
 #pragma unroll
     for (int c = 0; c < D / WARP; c++)
@@ -56,20 +55,29 @@ template <int D> __device__ __forceinline__ void head_join(const struct piece_li
 #pragma unroll 1
     for (int i = 0; i < list.n; i += MERGE_AT_ONCE) {
         float y[MERGE_AT_ONCE][D / WARP];
-        float2 tail[MERGE_AT_ONCE];
 #pragma unroll
-        for (int k = 0; k < MERGE_AT_ONCE; k++) {
-            const float *piece = piece_at(list, min(i + k, list.n - 1));
-            head_load<D>(piece, lane, y[k]);
-            tail[k] = *(const float2 *)(piece + D);
+        for (int k = 0; k < MERGE_AT_ONCE; k++)
+            if (i + k < list.n)
+                head_load<D>(piece_at(list, i + k), lane, y[k]);
+        if (i % WARP == 0) { /* the weights of the next 32 */
+            float2 tail = make_float2(-INFINITY, 0.0f);
+            if (i + lane < list.n)
+                tail = *(const float2 *)(piece_at(list, i + lane) + D);
+            const float m = fmaxf(sums.m, warp_max(tail.x)), old = sums.m == -INFINITY ? 0.0f : fast_exp2(sums.m - m);
+            weight = tail.x == -INFINITY ? 0.0f : fast_exp2(tail.x - m);
+            sums.l = fmaf(sums.l, old, warp_sum(tail.y * weight));
+            sums.m = m;
+#pragma unroll
+            for (int c = 0; c < D / WARP; c++)
+                sums.y[c] *= old;
         }
 #pragma unroll
         for (int k = 0; k < MERGE_AT_ONCE; k++) {
-            const float factor = i + k >= list.n || tail[k].x == -INFINITY ? 0.0f : fast_exp2(tail[k].x - sums.m);
-            sums.l = fmaf(tail[k].y, factor, sums.l);
+            const float factor = __shfl_sync(0xffffffffu, weight, (i + k) % WARP);
+            if (i + k < list.n)
 #pragma unroll
-            for (int c = 0; c < D / WARP; c++)
-                sums.y[c] = fmaf(y[k][c], factor, sums.y[c]);
+                for (int c = 0; c < D / WARP; c++)
+                    sums.y[c] = fmaf(y[k][c], factor, sums.y[c]);
         }
     }
 }
@@ -123,19 +131,9 @@ __device__ __forceinline__ struct cta_range segment_ctas(const struct attend_pla
     return {share_of(&plan->share, s->begin), share_of(&plan->share, s->end - 1)};
 }
 
-/* All CTAs' pieces of a head; by the last that arrived. */
-template <int D>
-__device__ __noinline__ void head_close(const struct attend_args *args, const struct attend_shape *shape, const struct attend_plan *plan,
-                                        struct attend_segment s, int in_group) {
-    const int n_kv_heads = args->layout.n_kv_heads, group = args->n_heads / n_kv_heads, segment = s.row * n_kv_heads + s.kv_head;
-    const struct cta_range ctas = segment_ctas(plan, &s);
-    const float *first = cta_piece(shape, ctas.first, segment, group, in_group, D);
-    const int n = ctas.last - ctas.first + 1, stride = group * piece_floats(D);
-    struct head_sums<D> sums;
-    head_join<D>({first, first + (int64_t)(n - 1) * stride, stride, n}, sums);
-    head_finish<D>(args, shape, s.row, s.kv_head * group + in_group, sums);
-    if (shape->side.n_slices && in_group == 0 && threadIdx.x % WARP == 0)
-        shape->arrived[(int64_t)args->n_rows * args->n_heads + segment] = 0; /* all who waited for it have arrived */
+/* Counter of the slices of a head's correction whose logits are there. */
+__device__ __forceinline__ int *side_ready(const struct attend_args *args, const struct attend_shape *shape, int row, int head) {
+    return shape->arrived + ((int64_t)args->n_rows + row) * args->n_heads + head;
 }
 
 /* Parts that a head waits for: those of CTAs, and of the correction. */
@@ -145,25 +143,43 @@ __device__ __forceinline__ int head_expected(const struct attend_shape *shape, c
     return ctas.last - ctas.first + 1 + shape->side.n_slices;
 }
 
-/* What this CTA knows of a head, from its teams' pieces. */
+/* A head's pieces in all CTAs. */
 template <int D>
-__device__ __noinline__ void head_deliver(const struct attend_args *args, const struct attend_shape *shape, const struct attend_plan *plan,
-                                          struct attend_segment s, int in_group, struct piece_list list) {
+__device__ __forceinline__ struct piece_list cta_pieces(const struct attend_args *args, const struct attend_shape *shape,
+                                                        const struct attend_plan *plan, const struct attend_segment *s, int in_group) {
+    const int n_kv_heads = args->layout.n_kv_heads, group = args->n_heads / n_kv_heads, stride = group * piece_floats(D);
+    const struct cta_range ctas = segment_ctas(plan, s);
+    const float *first = cta_piece(shape, ctas.first, s->row * n_kv_heads + s->kv_head, group, in_group, D);
+    return {first, first + (int64_t)(ctas.last - ctas.first) * stride, stride, ctas.last - ctas.first + 1};
+}
+
+/* A head from its pieces: those of all CTAs (`all`), by the last that arrived; or those of this CTA's teams, and then, if it turns out to be
+ * the last, of all CTAs. The same instructions do both: when few blocks work long, fetching others would be what they wait for. */
+template <int D>
+__device__ __noinline__ void head_merge(const struct attend_args *args, const struct attend_shape *shape, const struct attend_plan *plan,
+                                        struct attend_segment s, int in_group, struct piece_list list, bool all) {
     const int n_kv_heads = args->layout.n_kv_heads, group = args->n_heads / n_kv_heads, lane = (int)threadIdx.x % WARP;
-    const int head = s.kv_head * group + in_group;
-    const bool whole = s.begin >= plan->team[0] && s.end <= plan->team[shape->n_teams];
+    const int head = s.kv_head * group + in_group, segment = s.row * n_kv_heads + s.kv_head;
+    bool whole = all || (s.begin >= plan->team[0] && s.end <= plan->team[shape->n_teams] && !shape->side.n_slices);
     struct head_sums<D> sums;
-    head_join<D>(list, sums);
-    if (whole && !shape->side.n_slices) {
-        head_finish<D>(args, shape, s.row, head, sums);
-        return;
+#pragma unroll 1
+    for (;;) {
+        head_join<D>(list, sums);
+        if (whole)
+            break;
+        float *piece = cta_piece(shape, (int)blockIdx.x, segment, group, in_group, D);
+        head_store<D>(piece, lane, sums.y);
+        if (lane == 0)
+            *(float2 *)(piece + D) = make_float2(sums.m, sums.l);
+        if (!heads_arrive(&shape->arrived[(int64_t)s.row * args->n_heads + head], 1, head_expected(shape, plan, &s)))
+            return;
+        whole = all = true;
+        list = cta_pieces<D>(args, shape, plan, &s, in_group);
     }
-    float *piece = cta_piece(shape, (int)blockIdx.x, s.row * n_kv_heads + s.kv_head, group, in_group, D);
-    head_store<D>(piece, lane, sums.y);
-    if (lane == 0)
-        *(float2 *)(piece + D) = make_float2(sums.m, sums.l);
-    if (heads_arrive(&shape->arrived[(int64_t)s.row * args->n_heads + head], 1, head_expected(shape, plan, &s)))
-        head_close<D>(args, shape, plan, s, in_group);
+    wait_for_earlier(); /* it may belong to those who still read the output */
+    head_finish<D>(args, shape, s.row, head, sums);
+    if (all && shape->side.n_slices && lane == 0)
+        *side_ready(args, shape, s.row, head) = 0; /* all who waited for it have arrived */
 }
 
 /* ---- a team's pieces ---------------------------------------------------------------------------------------------------- */
@@ -193,7 +209,7 @@ __device__ __forceinline__ void join_teams(const struct attend_args *args, const
                                       shape->n_passes * warp_bytes / (int)sizeof(float), last - first + 1};
             if (s.end < plan->team[last + 1])
                 list.last = shape->team_pieces + (((int64_t)blockIdx.x * shape->n_teams + last) * group + turn) * piece_floats(D);
-            head_deliver<D>(args, shape, plan, s, turn, list);
+            head_merge<D>(args, shape, plan, s, turn, list, false);
         }
         turn -= group;
     }

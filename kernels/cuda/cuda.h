@@ -27,6 +27,7 @@ struct cuda_launch {
     void *scratch;       /* 256-byte aligned, CUDA_SCRATCH_BYTES */
     int *counters;       /* CUDA_COUNTERS */
     int previous;        /* enum op_id of the operation that was enqueued right before; OP_COUNT: something else was */
+    int turn;            /* 0 and 1 in turns, from operation to operation */
     int n_sms;           /* multiprocessors of the device */
     int architecture;    /* 80, 90, 100: compute capability times ten */
     struct cuda_blas *blas;
