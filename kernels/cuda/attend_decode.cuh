@@ -61,20 +61,21 @@ template <class C> __device__ __forceinline__ int decode_record_bytes(const stru
     return C::BITS == 2 ? KV_BLOCK * C::D / 2 + 4 * C::D + 4 * KV_BLOCK : page_record_size(&w.args->layer.format);
 }
 
-/* The tokens of a slice, of a page in 16 bit or of the stores. */
-template <class C> __device__ __forceinline__ struct attend_tokens decode_tokens(const struct decode_warp<C> &w, const struct attend_cursor &at) {
+/* The tokens of a slice, of a page in 16 bit (id: the page's) or of the stores. */
+template <class C>
+__device__ __forceinline__ struct attend_tokens decode_tokens(const struct decode_warp<C> &w, const struct attend_cursor &at, int id) {
     const int per_block = KV_BLOCK / ATTEND_SLICE, row_bytes = 2 * C::D;
     const struct attend_view *view = &w.plan->view[at.row];
     if (!C::SLICED || at.index >= at.n_pages)
         return plan_slice<C::D>(w.args, view, at.kv_head, at.index - at.n_pages);
     const int token = at.index % per_block * ATTEND_SLICE;
-    const uint8_t *k = at.pages + at.page_id * w.args->layer.page_stride + token * row_bytes;
+    const uint8_t *k = at.pages + id * w.args->layer.page_stride + token * row_bytes;
     return {token < attend_page_begin(w.args, view, at.index / per_block) ? 0 : ATTEND_SLICE, k, k + KV_BLOCK * row_bytes};
 }
 
-template <class C> __device__ __forceinline__ void decode_copy_page(struct decode_warp<C> &w, const struct attend_cursor &at, int stage) {
+template <class C> __device__ __forceinline__ void decode_copy_page(struct decode_warp<C> &w, struct attend_cursor &at, int stage) {
     uint8_t *to = w.stages + stage * w.shape->stage_bytes;
-    const uint8_t *from = at.pages + at.page_id * w.args->layer.page_stride;
+    const uint8_t *from = at.pages + cursor_page_id<C::SLICED>(&at) * w.args->layer.page_stride;
     const int bytes = decode_record_bytes<C>(w);
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
     if (w.lane == 0) {
@@ -87,12 +88,13 @@ template <class C> __device__ __forceinline__ void decode_copy_page(struct decod
 #endif
 }
 
-template <class C> __device__ __forceinline__ void decode_copy_slice(struct decode_warp<C> &w, const struct attend_cursor &at, int stage) {
+template <class C> __device__ __forceinline__ void decode_copy_slice(struct decode_warp<C> &w, struct attend_cursor &at, int stage) {
     const int row_bytes = 2 * C::D, row = w.lane % ATTEND_SLICE, part = w.lane / ATTEND_SLICE;
     uint8_t *to = w.stages + stage * w.shape->stage_bytes + (part * ATTEND_SLICE + row) * decode_row_stride(C::D);
     if (at.index >= at.n_pages && !w.shape->early_window)
         decode_wait<C>(w); /* a block in 16 bit, to which this step's tokens were just appended */
-    const struct attend_tokens slice = decode_tokens<C>(w, at);
+    const int id = C::SLICED && at.index < at.n_pages ? cursor_page_id<C::SLICED>(&at) : 0;
+    const struct attend_tokens slice = decode_tokens<C>(w, at, id);
     if (w.lane == 0)
         stage_expect(w.barriers + stage, (uint32_t)(2 * slice.n * row_bytes));
     __syncwarp();
@@ -107,7 +109,7 @@ template <class C> __device__ __forceinline__ void decode_copy_slice(struct deco
 }
 
 /* Starts the copy of tile `at` into stage `stage`. All lanes; they have read what was there before. */
-template <class C> __device__ __forceinline__ void decode_copy(struct decode_warp<C> &w, const struct attend_cursor &at, int stage) {
+template <class C> __device__ __forceinline__ void decode_copy(struct decode_warp<C> &w, struct attend_cursor &at, int stage) {
     if (decode_is_page<C>(at))
         decode_copy_page<C>(w, at, stage);
     else
@@ -306,7 +308,6 @@ __device__ __forceinline__ void decode_walk(struct decode_warp<C> &w, struct att
     w.at = ahead = cursor_at<C::SLICED>(w.args, plan, begin);
     w.loaded = decode_warp<C>::NO_QUERY;
     sums_clear<C::D>(w.sums);
-    cursor_look_up<C::SLICED>(&ahead);
     int stage = 0;
     uint32_t parity = 0;
 #pragma unroll 1
@@ -317,7 +318,7 @@ __device__ __forceinline__ void decode_walk(struct decode_warp<C> &w, struct att
             const uint8_t *data = w.stages + stage * w.shape->stage_bytes;
             stage_wait(w.barriers + stage, parity, n_stages);
             if (!decode_is_page<C>(w.at))
-                decode_slice<C>(w, data, decode_tokens<C>(w, w.at).n);
+                decode_slice<C>(w, data, decode_tokens<C>(w, w.at, 0).n);
             else if constexpr (!C::SLICED)
                 decode_page<C>(w, data, w.at.index);
             const bool over = i == n - 1;
@@ -329,7 +330,6 @@ __device__ __forceinline__ void decode_walk(struct decode_warp<C> &w, struct att
         if (i + n_stages < n) {
             decode_copy<C>(w, ahead, stage);
             cursor_next<C::SLICED>(w.args, plan, &ahead);
-            cursor_look_up<C::SLICED>(&ahead);
             __syncwarp();
         } else {
             stage_commit();

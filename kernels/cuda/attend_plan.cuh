@@ -191,7 +191,7 @@ struct attend_cursor {
     int n_pages;            /* tiles in pages: the first ones */
     const int32_t *table;   /* the row's page ids */
     const uint8_t *pages;   /* the KV head's record in page 0 */
-    int page_id;            /* of the tile's page, where it has one; asked for early, so that its latency is hidden */
+    int ids_from, id;       /* this lane's page id: of the row's local page ids_from + lane */
 };
 
 /* The first tile of a segment; n = 0 behind the last one. */
@@ -203,11 +203,18 @@ __device__ static inline void cursor_enter(const struct attend_args *args, const
     at->n_pages = view->n_pages * (SLICED ? KV_BLOCK / ATTEND_SLICE : 1);
     at->table = args->page_table + view->seq * args->table_stride;
     at->pages = attend_page_at(args, 0, at->kv_head);
+    at->ids_from = INT32_MIN / 2;
 }
 
-template <bool SLICED> __device__ static inline void cursor_look_up(struct attend_cursor *at) {
-    if (at->index < at->n_pages)
-        at->page_id = at->table[SLICED ? at->index / (KV_BLOCK / ATTEND_SLICE) : at->index];
+/* Id of the page of the tile, which has one. A warp reads 32 at a time. */
+template <bool SLICED> __device__ static inline int cursor_page_id(struct attend_cursor *at) {
+    const int per_page = SLICED ? KV_BLOCK / ATTEND_SLICE : 1, local = at->index / per_page;
+    if (local >= at->ids_from + WARP) {
+        at->ids_from = local;
+        const int own = local + (int)threadIdx.x % WARP;
+        at->id = own < at->n_pages / per_page ? at->table[own] : 0;
+    }
+    return __shfl_sync(0xffffffffu, at->id, local - at->ids_from);
 }
 
 /* At tile `tile` of all, below the total. By a warp. */
@@ -218,7 +225,7 @@ __device__ static inline struct attend_cursor cursor_at(const struct attend_args
         const int other = first + (int)threadIdx.x % WARP;
         row += __popc(__ballot_sync(0xffffffffu, other < args->n_rows && plan->begin[other] <= tile));
     }
-    struct attend_cursor at = {row, 0, 0, plan->n_tiles[row], 0, NULL, NULL, 0};
+    struct attend_cursor at = {row, 0, 0, plan->n_tiles[row], 0, NULL, NULL, 0, 0};
     const unsigned within = (unsigned)(tile - plan->begin[row]);
     at.kv_head = (int)(within / (unsigned)at.n);
     at.index = (int)(within % (unsigned)at.n);

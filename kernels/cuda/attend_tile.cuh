@@ -19,6 +19,7 @@
 enum {
     TILE_COLUMNS = 8,                 /* of B */
     TILE_STEPS = KV_BLOCK / 16,       /* token tiles of a page */
+    CODE_CHAINS = 2,                  /* sums of products side by side: 2 or 4 */
     Q_TOP = 7,                        /* largest q of a head lies in [2^7, 2^8) */
     K_SCALE_TOP = 5,                  /* largest scale of K in [2^5, 2^6): products below 2^14, their places down to 2^-6 of that */
     P_TOP = 13,                       /* largest scale of V in [2^13, 2^14), and p <= 1 */
@@ -173,11 +174,11 @@ __device__ __forceinline__ void query_for_rows(const T *q, bool there, int lane,
 /* log2 of bits, so that divisions are shifts also where bits are not a constant. */
 __device__ __forceinline__ int bits_log2(int bits) { return bits == 2 ? 1 : bits == 4 ? 2 : 3; }
 
-/* c[k][n] += codes times b[n], rows 16 (tile + k apart) .. of a matrix of N_STEPS steps, k < K. codes: this lane's 16 bytes of chunk 0. The
- * chunk of step u is u / (16 / bits) < rows / 16 * N_STEPS * bits / 16: within the codes. Each sum is a chain of products, and a
- * product takes long: K chains run side by side. */
+/* c[k][n] += codes times b[n], rows 16 tiles[k] .. of a matrix of N_STEPS steps. codes: this lane's 16 bytes of chunk 0. The chunk of step
+ * u is u / (16 / bits) < rows / 16 * N_STEPS * bits / 16: within the codes. Each sum is a chain of products, and a product takes long: K
+ * chains run side by side, in the order written here. */
 template <int K, int N_STEPS, int N>
-__device__ __forceinline__ void code_product(int log2_bits, const uint8_t *codes, int tile, int apart, const uint32_t (&b)[N][N_STEPS][2],
+__device__ __forceinline__ void code_product(int log2_bits, const uint8_t *codes, const int (&tiles)[K], const uint32_t (&b)[N][N_STEPS][2],
                                              float (&c)[K][N][4]) {
     const int log2_word = 4 - log2_bits, log2_byte = 3 - log2_bits, bits = 1 << log2_bits; /* log2 of steps in a word, in a byte */
     uint4 words[K];
@@ -185,7 +186,7 @@ __device__ __forceinline__ void code_product(int log2_bits, const uint8_t *codes
     for (int s = 0; s < N_STEPS; s++)
 #pragma unroll
         for (int k = 0; k < K; k++) {
-            const int u = (tile + k * apart) * N_STEPS + s, within = u & ((1 << log2_word) - 1);
+            const int u = tiles[k] * N_STEPS + s, within = u & ((1 << log2_word) - 1);
             if (s == 0 || within == 0)
                 words[k] = *(const uint4 *)(codes + (u >> log2_word) * PAGE_CHUNK_BYTES);
             const int shift = 8 * (within >> log2_byte); /* bytes of a half; what falls out of the upper half is masked away */
@@ -321,24 +322,31 @@ __device__ __forceinline__ void code_scores(int log2_bits, const uint8_t *part, 
     uint32_t b[SPLIT ? 1 : 2][D / 16][2];
     const uint8_t *codes = part + lane * 16;
     code_queries<D, SPLIT, PLUS>(log2_bits, part + (KV_BLOCK * D / 8 << log2_bits), lane, query, b, factor, offset);
+    constexpr int PARTS = SPLIT ? 1 : 2, CHAINS = SPLIT ? CODE_CHAINS : 1, EACH = SPLIT ? CHAINS / 2 : 1; /* tiles i .. i + EACH - 1 */
 #pragma unroll
-    for (int i = 0; i < (SPLIT ? 4 : 8); i++) {
-        float c[SPLIT ? 2 : 1][SPLIT ? 1 : 2][4] = {};
-        code_product<SPLIT ? 2 : 1, D / 16, SPLIT ? 1 : 2>(log2_bits, codes, i, 4, b, c);
+    for (int i = 0; i < (SPLIT ? 4 : 8); i += EACH) {
+        float c[CHAINS][PARTS][4] = {};
+        int tiles[CHAINS];
 #pragma unroll
-        for (int half = 0; half < (SPLIT ? 2 : 1); half++)
+        for (int k = 0; k < CHAINS; k++)
+            tiles[k] = i + k % EACH + k / EACH * 4;
+        code_product<CHAINS, D / 16, PARTS>(log2_bits, codes, tiles, b, c);
+#pragma unroll
+        for (int k = 0; k < CHAINS; k++)
             if (PLUS && mean.rows)
-                mean_add<D, SPLIT>(mean, i + 4 * half, lane, factor, c[half][0]);
+                mean_add<D, SPLIT>(mean, tiles[k], lane, factor, c[k][0]);
 #pragma unroll
-        for (int r = 0; r < 4; r++) {
-            if (SPLIT) { /* high + low: each lane keeps one tile's part and gets the other part of it from two lanes away */
-                float keep = lane_is_second(lane) ? c[SPLIT ? 1 : 0][0][r] : c[0][0][r];
-                float give = lane_is_second(lane) ? c[0][0][r] : c[SPLIT ? 1 : 0][0][r];
-                s[i][r] = keep + __shfl_xor_sync(0xffffffffu, give, 2);
-            } else {
-                s[i][r] = c[0][0][r] + c[0][SPLIT ? 0 : 1][r];
+        for (int k = 0; k < EACH; k++)
+#pragma unroll
+            for (int r = 0; r < 4; r++) {
+                if (SPLIT) { /* high + low: each lane keeps one tile's part and gets the other part of it from two lanes away */
+                    const float first = c[k][0][r], second = c[CHAINS - EACH + k][0][r];
+                    const float keep = lane_is_second(lane) ? second : first, give = lane_is_second(lane) ? first : second;
+                    s[i + k][r] = keep + __shfl_xor_sync(0xffffffffu, give, 2);
+                } else {
+                    s[i + k][r] = c[k][0][r] + c[k][PARTS - 1][r];
+                }
             }
-        }
     }
 }
 
@@ -474,11 +482,15 @@ __device__ __forceinline__ void code_values(int log2_bits, const uint8_t *part, 
         sums.zero[e] = fmaf(zero[e], gain[e], sums.zero[e]);
     }
 #pragma unroll
-    for (int j = 0; j < D / 16; j += 2) {
-        float c[2][1][4] = {};
-        code_product<2, TILE_STEPS, 1>(log2_bits, part + lane * 16, j, 1, b, c);
+    for (int j = 0; j < D / 16; j += CODE_CHAINS) {
+        float c[CODE_CHAINS][1][4] = {};
+        int tiles[CODE_CHAINS];
 #pragma unroll
-        for (int k = 0; k < 2; k++)
+        for (int k = 0; k < CODE_CHAINS; k++)
+            tiles[k] = j + k;
+        code_product<CODE_CHAINS, TILE_STEPS, 1>(log2_bits, part + lane * 16, tiles, b, c);
+#pragma unroll
+        for (int k = 0; k < CODE_CHAINS; k++)
 #pragma unroll
             for (int r = 0; r < 4; r++)
                 sums.y[j + k][r] = fmaf(c[k][0][r], worth[r % 2], sums.y[j + k][r]);
