@@ -8,7 +8,10 @@
 #include "kernels/cuda/attend_mma.cuh"
 #include "kernels/cuda/attend_plan.cuh"
 
-enum { MERGE_AT_ONCE = 16 }; /* pieces whose loads are in flight together: a divisor of 32 */
+enum {
+    JOIN_AT_ONCE = 4,   /* pieces of teams, from shared memory: few instructions, which few warps run and so have to fetch */
+    CLOSE_AT_ONCE = 18, /* of CTAs, from the second-level cache: what 8 KV heads of one sequence have on 132 multiprocessors, in one go */
+};
 
 #define LN_2 0.69314718055994531f
 
@@ -43,37 +46,35 @@ __device__ __forceinline__ const float *piece_at(const struct piece_list &list, 
     return i >= list.n - 1 ? list.last : list.first + (int64_t)i * list.stride;
 }
 
-/* A warp works here alone, so what counts is the length of its chain: loads of Y go out first, each lane weighs one piece. */
-template <int D> __device__ __forceinline__ void head_join(const struct piece_list &list, struct head_sums<D> &sums) {
+/* AT_ONCE <= 32 pieces at a time. A warp works here alone, so what counts is the length of its chain: loads of Y go out first, and each lane
+ * weighs one piece. */
+template <int D, int AT_ONCE> __device__ __forceinline__ void head_join(const struct piece_list &list, struct head_sums<D> &sums) {
     const int lane = (int)threadIdx.x % WARP;
-    float weight = 0.0f;
     sums.m = -INFINITY;
     sums.l = 0.0f;
 #pragma unroll
     for (int c = 0; c < D / WARP; c++)
         sums.y[c] = 0.0f;
 #pragma unroll 1
-    for (int i = 0; i < list.n; i += MERGE_AT_ONCE) {
-        float y[MERGE_AT_ONCE][D / WARP];
+    for (int i = 0; i < list.n; i += AT_ONCE) {
+        float y[AT_ONCE][D / WARP];
 #pragma unroll
-        for (int k = 0; k < MERGE_AT_ONCE; k++)
+        for (int k = 0; k < AT_ONCE; k++)
             if (i + k < list.n)
                 head_load<D>(piece_at(list, i + k), lane, y[k]);
-        if (i % WARP == 0) { /* the weights of the next 32 */
-            float2 tail = make_float2(-INFINITY, 0.0f);
-            if (i + lane < list.n)
-                tail = *(const float2 *)(piece_at(list, i + lane) + D);
-            const float m = fmaxf(sums.m, warp_max(tail.x)), old = sums.m == -INFINITY ? 0.0f : fast_exp2(sums.m - m);
-            weight = tail.x == -INFINITY ? 0.0f : fast_exp2(tail.x - m);
-            sums.l = fmaf(sums.l, old, warp_sum(tail.y * weight));
-            sums.m = m;
+        float2 tail = make_float2(-INFINITY, 0.0f);
+        if (lane < AT_ONCE && i + lane < list.n)
+            tail = *(const float2 *)(piece_at(list, i + lane) + D);
+        const float m = fmaxf(sums.m, warp_max(tail.x)), old = sums.m == -INFINITY ? 0.0f : fast_exp2(sums.m - m);
+        const float weight = tail.x == -INFINITY ? 0.0f : fast_exp2(tail.x - m);
+        sums.l = fmaf(sums.l, old, warp_sum(tail.y * weight));
+        sums.m = m;
 #pragma unroll
-            for (int c = 0; c < D / WARP; c++)
-                sums.y[c] *= old;
-        }
+        for (int c = 0; c < D / WARP; c++)
+            sums.y[c] *= old;
 #pragma unroll
-        for (int k = 0; k < MERGE_AT_ONCE; k++) {
-            const float factor = __shfl_sync(0xffffffffu, weight, (i + k) % WARP);
+        for (int k = 0; k < AT_ONCE; k++) {
+            const float factor = __shfl_sync(0xffffffffu, weight, k);
             if (i + k < list.n)
 #pragma unroll
                 for (int c = 0; c < D / WARP; c++)
@@ -154,7 +155,7 @@ __device__ __forceinline__ struct piece_list cta_pieces(const struct attend_args
 }
 
 /* A head from its pieces: those of all CTAs (`all`), by the last that arrived; or those of this CTA's teams, and then, if it turns out to be
- * the last, of all CTAs. The same instructions do both: when few blocks work long, fetching others would be what they wait for. */
+ * the last, of all CTAs. */
 template <int D>
 __device__ __noinline__ void head_merge(const struct attend_args *args, const struct attend_shape *shape, const struct attend_plan *plan,
                                         struct attend_segment s, int in_group, struct piece_list list, bool all) {
@@ -162,20 +163,21 @@ __device__ __noinline__ void head_merge(const struct attend_args *args, const st
     const int head = s.kv_head * group + in_group, segment = s.row * n_kv_heads + s.kv_head;
     bool whole = all || (s.begin >= plan->team[0] && s.end <= plan->team[shape->n_teams] && !shape->side.n_slices);
     struct head_sums<D> sums;
-#pragma unroll 1
-    for (;;) {
-        head_join<D>(list, sums);
-        if (whole)
-            break;
-        float *piece = cta_piece(shape, (int)blockIdx.x, segment, group, in_group, D);
-        head_store<D>(piece, lane, sums.y);
-        if (lane == 0)
-            *(float2 *)(piece + D) = make_float2(sums.m, sums.l);
-        if (!heads_arrive(&shape->arrived[(int64_t)s.row * args->n_heads + head], 1, head_expected(shape, plan, &s)))
-            return;
-        whole = all = true;
-        list = cta_pieces<D>(args, shape, plan, &s, in_group);
+    if (!all) {
+        head_join<D, JOIN_AT_ONCE>(list, sums);
+        if (!whole) {
+            float *piece = cta_piece(shape, (int)blockIdx.x, segment, group, in_group, D);
+            head_store<D>(piece, lane, sums.y);
+            if (lane == 0)
+                *(float2 *)(piece + D) = make_float2(sums.m, sums.l);
+            if (!heads_arrive(&shape->arrived[(int64_t)s.row * args->n_heads + head], 1, head_expected(shape, plan, &s)))
+                return;
+            all = true;
+            list = cta_pieces<D>(args, shape, plan, &s, in_group);
+        }
     }
+    if (all)
+        head_join<D, CLOSE_AT_ONCE>(list, sums);
     wait_for_earlier(); /* it may belong to those who still read the output */
     head_finish<D>(args, shape, s.row, head, sums);
     if (all && shape->side.n_slices && lane == 0)
