@@ -1,11 +1,12 @@
 /* Attention over the cache for a prompt that is fed through it: many rows of one sequence in a step, all in one block, so all see the
  * same pages. A run's query vectors of one KV head (vector i: row i / group, head i % group) are cut into tiles of 64, one CTA each;
- * a block is copied to shared memory once per tile and used by its four warps, 16 vectors each (attend_block.cuh).
+ * a block is copied to shared memory once per tile and used by its four warps, 16 vectors each (attend_block.cuh); 2-bit pages are unpacked
+ * there for the four warps together where the device can use them so (attend_unpack.cuh).
  *
  * Pages are split over several CTAs when tiles do not fill the GPU; the last split takes the sink and the 16-bit blocks too. The
- * splits' sums go to scratch and are merged in order, so the bits do not depend on timing. What runs there are stands in device
- * memory: the grid is made for the most tiles that the rows allow, and a CTA finds its tile or leaves. */
-#include "kernels/cuda/attend_block.cuh"
+ * splits' sums go to scratch, and the last CTA to arrive adds them in order, so the bits do not depend on timing. What runs there are
+ * stands in device memory: the grid is made for one run of all rows, and a CTA takes every gridDim.x-th tile that it finds. */
+#include "kernels/cuda/attend_unpack.cuh"
 
 enum {
     BLOCK_WARPS = 4,
@@ -13,7 +14,8 @@ enum {
     WARP_VECTORS = 16, /* rows of an MMA */
     BLOCK_VECTORS = BLOCK_WARPS * WARP_VECTORS,
     CTAS_PER_SM = 2,   /* what registers and shared memory allow */
-    MAX_SPLITS = 8,
+    MAX_SPLITS = 16,
+    ROWS_COST = 2,     /* pages that a 16-bit block is worth: it is copied while nothing else is done */
     MASK_WORDS = STEP_MAX_ROWS / 32,
     COPY_BYTES = 16,   /* of one cp.async */
 };
@@ -23,6 +25,7 @@ enum {
 struct block_tile {
     int row, n_rows; /* the run */
     int first, n;    /* vectors; n = 0: no such tile */
+    int n_tiles;     /* of the step */
 };
 
 /* First bit set at or after `bit` in MASK_WORDS words; STEP_MAX_ROWS if there is none. */
@@ -39,22 +42,24 @@ __device__ static inline int next_bit(const uint32_t *words, int bit) {
 /* The `slot`-th tile of the step, by all threads of a CTA: attend_run_length and a running sum, 32 rows at a time. */
 __device__ static void tile_find(const struct attend_args &args, int slot, struct block_tile *tile) {
     __shared__ uint32_t begins[MASK_WORDS]; /* bit: the row begins a run, or is beyond the step's rows */
+    __shared__ uint32_t heads[MASK_WORDS];  /* bit: the row begins a run that is not padding */
     const struct step_input *in = args.in;
     int n_rows = min(attend_n_rows(&args), (int)STEP_MAX_ROWS), group = args.n_heads / args.layout.n_kv_heads;
+    __syncthreads(); /* nobody reads the tile before any more */
     for (int row = threadIdx.x; row < STEP_MAX_ROWS; row += BLOCK_THREADS) {
         bool begin = row >= n_rows || row == 0 || !attend_same_run(in, row, row - 1);
-        uint32_t mask = __ballot_sync(0xffffffffu, begin);
-        if (row % 32 == 0)
+        uint32_t mask = __ballot_sync(0xffffffffu, begin), real = __ballot_sync(0xffffffffu, row < n_rows && in->row[row].seq >= 0);
+        if (row % 32 == 0) {
             begins[row / 32] = mask;
+            heads[row / 32] = mask & real;
+        }
     }
     if (threadIdx.x == 0)
         tile->n = 0;
     __syncthreads();
     int before = 0;
-    for (int word = 0; word < MASK_WORDS && threadIdx.x < WARP; word++) {
-        int row = word * 32 + threadIdx.x, length = 0;
-        if (row < n_rows && begins[word] >> threadIdx.x & 1 && in->row[row].seq >= 0)
-            length = next_bit(begins, row + 1) - row;
+    for (int word = 0; word * 32 < n_rows && threadIdx.x < WARP; word++) {
+        int row = word * 32 + threadIdx.x, length = heads[word] >> threadIdx.x & 1 ? next_bit(begins, row + 1) - row : 0;
         int n_vectors = length < ATTEND_BLOCK_ROWS ? 0 : length * group;
         int n_tiles = (n_vectors + BLOCK_VECTORS - 1) / BLOCK_VECTORS, upto = n_tiles;
         for (int step = 1; step < WARP; step *= 2) {
@@ -62,10 +67,16 @@ __device__ static void tile_find(const struct attend_args &args, int slot, struc
             upto += (int)threadIdx.x >= step ? lower : 0;
         }
         int index = slot - before - (upto - n_tiles);
-        if (index >= 0 && index < n_tiles)
-            *tile = {row, length, index * BLOCK_VECTORS, min((int)BLOCK_VECTORS, n_vectors - index * BLOCK_VECTORS)};
+        if (index >= 0 && index < n_tiles) {
+            tile->row = row;
+            tile->n_rows = length;
+            tile->first = index * BLOCK_VECTORS;
+            tile->n = min((int)BLOCK_VECTORS, n_vectors - index * BLOCK_VECTORS);
+        }
         before += __shfl_sync(0xffffffffu, upto, WARP - 1);
     }
+    if (threadIdx.x == 0)
+        tile->n_tiles = before;
     __syncthreads();
 }
 
@@ -125,21 +136,20 @@ template <int D> struct tile_state { /* of a thread; all but queries and sums ar
     warp_sums<D> sums;
 };
 
-/* Starts copying page `local`. */
-template <int D> __device__ static inline void page_stage(const tile_state<D> &state, int local, uint8_t *to) {
-    const struct attend_args *args = state.args;
-    const struct page_format &format = args->layer.format;
-    const uint8_t *record = attend_page_at(args, attend_page_id(args, &state.view, local), state.kv_head);
+/* Starts copying page `page` of the store. K_BITS, V_BITS: 0 where they are known at run time only. */
+template <int D, int K_BITS, int V_BITS> __device__ static inline void page_stage(const tile_state<D> &state, int page, uint8_t *to) {
+    const struct page_format &format = state.args->layer.format;
+    const int k_bits = K_BITS ? K_BITS : format.k_bits, v_bits = V_BITS ? V_BITS : format.v_bits, k_bytes = staged_k_bytes(D, k_bits);
+    const uint8_t *record = attend_page_at(state.args, page, state.kv_head);
     const uint8_t *v = record + page_v_offset(&format);
-    int k_bytes = staged_k_bytes(D, format.k_bits);
-    if (format.k_bits == 16)
+    if (k_bits == 16)
         stage_rows<D>(to, k_row_bytes(D), record, KV_BLOCK);
     else
         stage_bytes(to, record, k_bytes);
-    if (format.v_bits == 16)
+    if (v_bits == 16)
         stage_rows<D>(to + k_bytes, v_row_bytes(D), v, KV_BLOCK);
     else
-        stage_bytes(to + k_bytes, v, staged_v_bytes(D, format.v_bits));
+        stage_bytes(to + k_bytes, v, staged_v_bytes(D, v_bits));
     copy_commit();
 }
 
@@ -152,6 +162,22 @@ template <int D> __device__ static inline void page_turn(const tile_state<D> &st
         sincosf((float)(block * KV_BLOCK) * args->layer.inv_freq[i], &state.turn[D / 2 + i], &state.turn[i]);
 }
 
+/* What pages of local order have in common, and what page `local` has of its own. */
+template <int D, bool MEAN> __device__ static inline block_piece pages_piece(const tile_state<D> &state) {
+    const struct cache_layer *layer = &state.args->layer;
+    block_piece piece = {.k = NULL, .v = NULL, .k_parameters = NULL, .v_parameters = NULL};
+    piece.k_bits = layer->format.k_bits;
+    piece.v_bits = layer->format.v_bits;
+    piece.end = KV_BLOCK;
+    piece.turn = state.turn;
+    piece.mean = MEAN && layer->mean ? layer->mean + (int64_t)state.kv_head * KV_BLOCK * D : NULL;
+    return piece;
+}
+template <int D> __device__ static inline void page_begin(const tile_state<D> &state, int local, block_piece &piece) {
+    piece.begin = attend_page_begin(state.args, &state.view, local);
+    piece.masked = piece.begin > 0;
+}
+
 /* Pages begin .. end-1 of local order, the next one on its way where two fit. */
 template <int D, typename T, int K_BITS, int V_BITS, bool MEAN>
 __device__ static inline void tile_pages(tile_state<D> &state, int begin, int end) {
@@ -159,13 +185,12 @@ __device__ static inline void tile_pages(tile_state<D> &state, int begin, int en
     const struct page_format &format = args->layer.format;
     int bytes = staged_k_bytes(D, format.k_bits) + staged_v_bytes(D, format.v_bits), staged = begin;
     int n_stages = 2 * bytes <= shared_stage_bytes(D) ? 2 : 1;
-    block_piece piece = {.k = NULL, .v = NULL, .k_bits = format.k_bits, .v_bits = format.v_bits};
-    piece.end = KV_BLOCK;
-    piece.turn = state.turn;
-    piece.mean = MEAN && args->layer.mean ? args->layer.mean + (int64_t)state.kv_head * KV_BLOCK * D : NULL;
+    block_piece piece = pages_piece<D, MEAN>(state);
+    queries_prepare<D, T>(state.queries, args->layer.rotate_k, args->scale);
     for (int local = begin; local < end; local++) {
         for (; staged < end && staged < local + n_stages; staged++)
-            page_stage(state, staged, state.stage + (staged - begin) % n_stages * bytes);
+            page_stage<D, K_BITS, V_BITS>(state, attend_page_id(args, &state.view, staged),
+                                          state.stage + (staged - begin) % n_stages * bytes);
         if (MEAN && piece.mean)
             page_turn(state, local);
         if (staged > local + 1)
@@ -175,12 +200,41 @@ __device__ static inline void tile_pages(tile_state<D> &state, int begin, int en
         __syncthreads();
         piece.k = state.stage + (local - begin) % n_stages * bytes;
         piece.v = piece.k + staged_k_bytes(D, format.k_bits);
-        piece.begin = attend_page_begin(args, &state.view, local);
-        piece.masked = piece.begin > 0;
+        piece.k_parameters = reinterpret_cast<const uint4 *>(piece.k + page_codes_bytes(D, format.k_bits));
+        piece.v_parameters = reinterpret_cast<const uint4 *>(piece.v + page_codes_bytes(D, format.v_bits));
+        page_begin(state, local, piece);
         if (state.busy && piece.begin < KV_BLOCK)
             warp_attend<D, T, K_BITS, V_BITS, MEAN>(piece, state.queries, state.sums);
         __syncthreads();
     }
+}
+
+/* The same with each page unpacked for all warps. While it is used, the next one is on its way. */
+template <int D, typename T, bool MEAN> __device__ static inline void tile_pages_unpacked(tile_state<D> &state, int begin, int end) {
+    static_assert(unpacked_bytes(D) + staged_k_bytes(D, 2) + staged_v_bytes(D, 2) <= shared_stage_bytes(D), "one page and the next");
+    const struct attend_args *args = state.args;
+    uint8_t *record = state.stage + unpacked_bytes(D);
+    block_piece piece = pages_piece<D, MEAN>(state);
+    if (begin < end)
+        page_stage<D, 2, 2>(state, attend_page_id(args, &state.view, begin), record);
+    queries_prepare<D, T>(state.queries, args->layer.rotate_k, args->scale);
+#pragma unroll 1
+    for (int local = begin; local < end; local++) {
+        int next = local + 1 < end ? attend_page_id(args, &state.view, local + 1) : 0; /* read early: the copy waits for it */
+        copy_wait<0>();
+        __syncthreads(); /* the page is here, and nobody uses the one before */
+        page_unpack<D>(record, state.stage, threadIdx.x / WARP, state.queries.lane, piece);
+        if (MEAN && piece.mean)
+            page_turn(state, local);
+        products_see_stores();
+        __syncthreads();
+        if (local + 1 < end)
+            page_stage<D, 2, 2>(state, next, record);
+        page_begin(state, local, piece);
+        if (piece.begin < KV_BLOCK)
+            group_attend<D, T, MEAN>(piece, state.queries, state.sums);
+    }
+    __syncthreads();
 }
 
 /* n tokens in 16 bit: rows of K, those of V behind them at `v`. */
@@ -192,7 +246,8 @@ __device__ static inline void tile_rows(tile_state<D> &state, const uint8_t *k, 
     copy_commit();
     copy_wait<0>();
     __syncthreads();
-    block_piece piece = {.k = to, .v = to + staged_k_bytes(D, 16), .k_bits = 16, .v_bits = 16};
+    block_piece piece = {.k = to, .v = to + staged_k_bytes(D, 16)};
+    piece.k_bits = piece.v_bits = 16;
     piece.masked = current || n < KV_BLOCK;
     piece.current = current;
     piece.end = n;
@@ -219,10 +274,25 @@ template <int D, typename T> __device__ static inline void tile_window(tile_stat
     }
 }
 
-/* Where the sums of (tile, KV head, split) lie: [BLOCK_VECTORS][D + 4]: Y, m (M_NONE: no token, the rest is not written), l. */
+/* First page of a split; of split n_splits: all. The last one takes as many fewer as its 16-bit blocks are worth. */
+template <int D> __device__ static inline int split_begin(const tile_state<D> &state, int split, int n_splits) {
+    const struct attend_view *view = &state.view;
+    int last = view->position / KV_BLOCK, n_blocks = attend_sink_tokens(state.args, view) > 0;
+    if (view->window <= last)
+        n_blocks += (last - view->window) / state.args->layout.cp_size + 1;
+    return min(view->n_pages, (view->n_pages + ROWS_COST * n_blocks) * split / n_splits); /* at most 2^24 pages */
+}
+
+/* Where the sums of (tile, KV head, split) lie: [BLOCK_VECTORS][D + 4]: Y, m (M_NONE: no token), l. */
 __host__ __device__ static inline int64_t split_floats(int d) { return (int64_t)BLOCK_VECTORS * (d + 4); }
 __device__ static inline float *split_sums(float *scratch, int slot, int kv_head, int n_kv_heads, int n_splits, int split, int d) {
     return scratch + (((int64_t)slot * n_kv_heads + kv_head) * n_splits + split) * split_floats(d);
+}
+
+/* Record of vector i of the tile. */
+__device__ static inline float *tile_record(const struct attend_args *args, const struct block_tile &tile, int kv_head, int i) {
+    int group = args->n_heads / args->layout.n_kv_heads;
+    return attend_record(args, tile.row + (tile.first + i) / group, kv_head * group + (tile.first + i) % group);
 }
 
 /* Vector r of this lane's row pair: its sums to `y`, its m (times LN_2) and l to the caller's places. */
@@ -242,125 +312,166 @@ __device__ static inline float record_max(float m) { return m == M_NONE ? -INFIN
 
 template <int D>
 __device__ static inline void tile_finish(const tile_state<D> &state, const struct block_tile &tile, int warp, float *sums) {
-    const struct attend_args *args = state.args;
-    int lane = state.queries.lane, group = args->n_heads / args->layout.n_kv_heads;
+    int lane = state.queries.lane;
 #pragma unroll
     for (int r = 0; r < 2; r++) {
         int i = warp * WARP_VECTORS + lane / 4 + 8 * r;
         bool real = i < tile.n;
         float l = quad_sum(state.sums.l[r]), m = state.sums.m[r];
         float *y = NULL;
-        if (real && sums)
-            y = sums + (int64_t)i * (D + 4);
-        else if (real)
-            y = attend_record(args, tile.row + (tile.first + i) / group, state.kv_head * group + (tile.first + i) % group);
+        if (real)
+            y = sums ? sums + (int64_t)i * (D + 4) : tile_record(state.args, tile, state.kv_head, i);
         sums_write<D>(state.sums, r, lane, y);
         if (!real || lane % 4)
             continue;
-        if (sums) {
-            y[D] = m;
-            y[D + 1] = l;
-        } else {
-            attend_finish_record(args, y, record_max(m), l);
-        }
+        if (sums)
+            *reinterpret_cast<float2 *>(y + D) = make_float2(m, l);
+        else
+            attend_finish_record(state.args, y, record_max(m), l);
     }
+}
+
+/* ---- splits ---------------------------------------------------------------------------------------------------------- */
+
+/* True in the last of the n CTAs that come here: it sees what they all wrote, and the counter is 0 again. */
+__device__ static bool split_arrive(int *counter, int n) {
+    __shared__ bool last;
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        int before;
+        asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
+        last = before + 1 == n;
+        if (last)
+            *counter = 0;
+    }
+    __syncthreads();
+    return last;
+}
+
+/* Adds up the splits of every vector in order. sums: of split 0; factors: shared memory, [n_splits][BLOCK_VECTORS]. */
+template <int D>
+__device__ static void tile_merge(const struct attend_args *args, const struct block_tile &tile, int kv_head, const float *sums,
+                                  int n_splits, float *factors) {
+    constexpr int n_quads = D / 4; /* four channels a thread */
+    int thread = threadIdx.x;
+    if (thread < tile.n) {
+        const float *tail = sums + thread * (D + 4) + D;
+        float m = M_NONE, l = 0.0f;
+        for (int split = 0; split < n_splits; split++)
+            m = fmaxf(m, tail[split * split_floats(D)]);
+        for (int split = 0; split < n_splits; split++) {
+            float2 part = *reinterpret_cast<const float2 *>(tail + split * split_floats(D));
+            float factor = fast_exp2(part.x - m); /* where no split has a token 1, and all sums are 0 */
+            factors[split * BLOCK_VECTORS + thread] = factor;
+            l += factor * part.y;
+        }
+        attend_finish_record(args, tile_record(args, tile, kv_head, thread), record_max(m), l);
+    }
+    __syncthreads();
+#pragma unroll 2
+    for (int at = thread; at < tile.n * n_quads; at += BLOCK_THREADS) {
+        int i = at / n_quads, c = at % n_quads * 4;
+        const float *from = sums + i * (D + 4) + c;
+        float4 y = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+#pragma unroll 4
+        for (int split = 0; split < n_splits; split++) {
+            float4 part = *reinterpret_cast<const float4 *>(from + split * split_floats(D));
+            float factor = factors[split * BLOCK_VECTORS + i];
+            y.x += factor * part.x, y.y += factor * part.y, y.z += factor * part.z, y.w += factor * part.w;
+        }
+        *reinterpret_cast<float4 *>(tile_record(args, tile, kv_head, i) + c) = y;
+    }
+}
+
+/* ---- the kernel ------------------------------------------------------------------------------------------------------ */
+
+/* Queries of the tile and what each of them sees of the current block. */
+template <int D, typename T>
+__device__ static inline void tile_vectors(const struct attend_args &args, const struct block_tile &tile, int position, int kv_head,
+                                           struct block_vector *vectors) {
+    int group = args.n_heads / args.layout.n_kv_heads;
+    if (threadIdx.x < BLOCK_VECTORS) {
+        int i = tile.first + threadIdx.x, row = tile.row + i / group;
+        bool real = i < tile.first + tile.n;
+        int64_t at = ((int64_t)row * args.n_heads + kv_head * group + i % group) * D;
+        vectors[threadIdx.x].q = real ? (const T *)args.q + at : NULL;
+        vectors[threadIdx.x].visible = real ? args.in->row[row].position - position / KV_BLOCK * KV_BLOCK + 1 : KV_BLOCK;
+    }
+    __syncthreads();
+}
+
+/* One split of one tile. */
+template <int D, typename T, int K_BITS, int V_BITS, bool MEAN>
+__device__ static inline void tile_attend(const struct attend_args &args, const struct block_tile &tile, int split, int n_splits,
+                                          uint8_t *shared, struct block_vector *vectors, float *sums) {
+    int warp = threadIdx.x / WARP;
+    tile_state<D> state;
+    state.args = &args;
+    state.view = attend_view_of(&args, &args.in->row[tile.row + tile.n_rows - 1]);
+    state.kv_head = blockIdx.y;
+    state.busy = warp * WARP_VECTORS < tile.n;
+    state.stage = shared + shared_q_bytes(D);
+    state.turn = reinterpret_cast<float *>(state.stage + shared_stage_bytes(D));
+    state.queries.parts = reinterpret_cast<float4 *>(shared) + warp * (WARP_VECTORS * D / 4);
+    state.queries.vectors = vectors + warp * WARP_VECTORS;
+    state.queries.lane = threadIdx.x % WARP;
+    tile_vectors<D, T>(args, tile, state.view.position, state.kv_head, vectors);
+    sums_clear(state.sums);
+    int begin = split_begin(state, split, n_splits), end = split_begin(state, split + 1, n_splits);
+    if constexpr (block_unpacks<K_BITS, V_BITS>())
+        tile_pages_unpacked<D, T, MEAN>(state, begin, end);
+    else
+        tile_pages<D, T, K_BITS, V_BITS, MEAN>(state, begin, end);
+    if (split == n_splits - 1)
+        tile_window<D, T>(state);
+    tile_finish(state, tile, warp, sums);
 }
 
 /* Why all accesses are in bounds. Rows: tile_find gives rows below attend_n_rows only, and a vector of the tile is a row of its run
  * (i / group < n_rows since i < n_rows * group), so q, positions and records are those of live rows. Cache: attend_view_of counts what
  * this rank owns up to the run's last position; a page's parts are read to page_record_size, sink and window rows to the tokens
  * that the last row sees. Shared memory: two pages fit shared_stage_bytes where two are used, one always does (staged_k_bytes and
- * staged_v_bytes grow with the bits); a warp's queries are 16 D floats of the 64 D. Scratch: choose_splits allows no more than fit. */
+ * staged_v_bytes grow with the bits), as does an unpacked one beside the next; a warp's queries are 16 D floats of the 64 D. Scratch and
+ * counters: slot < n_tiles <= most_tiles, for which choose_splits allows no more than fit.
+ *
+ * Of the kernel in front only the scratch, the counters and other rows' records matter; but before the wait no more is read than any kernel
+ * may (device.cuh). */
 template <int D, typename T, int K_BITS, int V_BITS, bool MEAN>
 static __global__ void __launch_bounds__(BLOCK_THREADS, CTAS_PER_SM)
-    attend_block_kernel(const __grid_constant__ struct attend_args args, int n_splits, float *scratch) {
-    extern __shared__ uint4 memory[];
+    attend_block_kernel(const __grid_constant__ struct attend_args args, int n_splits, float *scratch, int *arrived) {
+    extern __shared__ __align__(128) uint8_t shared[];
     __shared__ struct block_tile tile;
     __shared__ struct block_vector vectors[BLOCK_VECTORS];
-    int slot = blockIdx.x, kv_head = blockIdx.y, split = blockIdx.z, warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
-    int n_kv_heads = args.layout.n_kv_heads, group = args.n_heads / n_kv_heads;
-    tile_find(args, slot, &tile);
-    if (tile.n == 0)
-        return;
-
-    tile_state<D> state;
-    uint8_t *shared = reinterpret_cast<uint8_t *>(memory);
-    state.args = &args;
-    state.view = attend_view_of(&args, &args.in->row[tile.row + tile.n_rows - 1]);
-    state.kv_head = kv_head;
-    state.busy = warp * WARP_VECTORS < tile.n;
-    state.stage = shared + shared_q_bytes(D);
-    state.turn = reinterpret_cast<float *>(state.stage + shared_stage_bytes(D));
-    state.queries.parts = reinterpret_cast<float4 *>(shared) + warp * (WARP_VECTORS * D / 4);
-    state.queries.vectors = vectors + warp * WARP_VECTORS;
-    state.queries.lane = lane;
-    if (threadIdx.x < BLOCK_VECTORS) {
-        int i = tile.first + threadIdx.x, row = tile.row + i / group;
-        bool real = i < tile.first + tile.n;
-        int64_t at = ((int64_t)row * args.n_heads + kv_head * group + i % group) * D;
-        vectors[threadIdx.x].q = real ? (const T *)args.q + at : NULL;
-        vectors[threadIdx.x].visible = real ? args.in->row[row].position - state.view.position / KV_BLOCK * KV_BLOCK + 1 : KV_BLOCK;
-    }
-    __syncthreads();
-    sums_clear(state.sums);
-    queries_prepare<D, T>(state.queries, args.layer.rotate_k, args.scale);
-    int64_t n_pages = state.view.n_pages;
-    tile_pages<D, T, K_BITS, V_BITS, MEAN>(state, (int)(n_pages * split / n_splits), (int)(n_pages * (split + 1) / n_splits));
-    if (split == n_splits - 1)
-        tile_window<D, T>(state);
-    float *sums = n_splits > 1 ? split_sums(scratch, slot, kv_head, n_kv_heads, n_splits, split, D) : NULL;
-    tile_finish(state, tile, warp, sums);
-}
-
-/* Adds up the splits of every vector in order: a warp per vector. Reads what the same (slot, KV head) wrote; Y only where m says so. */
-template <int D>
-static __global__ void __launch_bounds__(BLOCK_THREADS)
-    attend_block_merge_kernel(const __grid_constant__ struct attend_args args, int n_splits, float *scratch) {
-    __shared__ struct block_tile tile;
-    int slot = blockIdx.x, kv_head = blockIdx.y, lane = threadIdx.x % WARP;
-    int n_kv_heads = args.layout.n_kv_heads, group = args.n_heads / n_kv_heads;
-    tile_find(args, slot, &tile);
-    for (int i = threadIdx.x / WARP; i < tile.n; i += BLOCK_WARPS) {
-        const float *sums = split_sums(scratch, slot, kv_head, n_kv_heads, n_splits, 0, D) + (int64_t)i * (D + 4);
-        float m = M_NONE, l = 0.0f, y[D / WARP] = {};
-        for (int split = 0; split < n_splits; split++)
-            m = fmaxf(m, sums[split * split_floats(D) + D]);
-        for (int split = 0; split < n_splits; split++) {
-            const float *part = sums + split * split_floats(D);
-            if (part[D] == M_NONE)
-                continue;
-            float weight = exp2f(part[D] - m);
-            l += weight * part[D + 1];
-#pragma unroll
-            for (int k = 0; k < D / WARP; k++)
-                y[k] += weight * part[lane + k * WARP];
-        }
-        float *record = attend_record(&args, tile.row + (tile.first + i) / group, kv_head * group + (tile.first + i) % group);
-#pragma unroll
-        for (int k = 0; k < D / WARP; k++)
-            record[lane + k * WARP] = y[k];
-        if (lane == 0)
-            attend_finish_record(&args, record, record_max(m), l);
+    int kv_head = blockIdx.y, split = blockIdx.z, n_kv_heads = args.layout.n_kv_heads;
+    tile_find(args, blockIdx.x, &tile);
+    wait_for_earlier();
+    let_later_begin();
+    for (int slot = blockIdx.x; slot < tile.n_tiles; slot += gridDim.x) {
+        if (slot != blockIdx.x)
+            tile_find(args, slot, &tile);
+        float *first = split_sums(scratch, slot, kv_head, n_kv_heads, n_splits, 0, D);
+        tile_attend<D, T, K_BITS, V_BITS, MEAN>(args, tile, split, n_splits, shared, vectors,
+                                                n_splits > 1 ? first + split * split_floats(D) : NULL);
+        if (n_splits > 1 && split_arrive(arrived + (int64_t)slot * n_kv_heads + kv_head, n_splits))
+            tile_merge<D>(&args, tile, kv_head, first, n_splits, reinterpret_cast<float *>(shared));
     }
 }
 
 /* ---- launch -------------------------------------------------------------------------------------------------------- */
 
 /* Most tiles that runs of at least ATTEND_BLOCK_ROWS rows of n_rows can make: each run rounds up once. */
-static int most_tiles(int n_rows, int group) {
-    return (int)((int64_t)n_rows * group / BLOCK_VECTORS + n_rows / ATTEND_BLOCK_ROWS);
-}
+static int64_t most_tiles(int n_rows, int group) { return (int64_t)n_rows * group / BLOCK_VECTORS + n_rows / ATTEND_BLOCK_ROWS; }
 
-/* As many as fill the GPU when all rows are one run. */
-static int choose_splits(const struct cuda_launch *launch, const struct attend_args *args, int n_slots) {
+/* As many as fill the GPU when all rows are one run of n_tiles, and as there is room for. */
+static int choose_splits(const struct cuda_launch *launch, const struct attend_args *args, int64_t n_tiles) {
     int group = args->n_heads / args->layout.n_kv_heads;
-    int64_t tiles = ceil_div((int64_t)args->n_rows * group, BLOCK_VECTORS) * args->layout.n_kv_heads;
-    int64_t n = min_i64(MAX_SPLITS, (int64_t)CTAS_PER_SM * launch->n_sms / tiles);
-    int64_t split_bytes = (int64_t)n_slots * args->layout.n_kv_heads * split_floats(args->layout.head_dim) * (int64_t)sizeof(float);
-    return (int)max_i64(1, min_i64(n, (int64_t)CUDA_SCRATCH_BYTES / split_bytes));
+    int64_t n = min_i64(MAX_SPLITS, (int64_t)CTAS_PER_SM * launch->n_sms / (n_tiles * args->layout.n_kv_heads));
+    int64_t n_segments = most_tiles(args->n_rows, group) * args->layout.n_kv_heads;
+    int64_t split_bytes = n_segments * split_floats(args->layout.head_dim) * (int64_t)sizeof(float);
+    return n_segments > CUDA_COUNTERS ? 1 : (int)max_i64(1, min_i64(n, (int64_t)CUDA_SCRATCH_BYTES / split_bytes));
 }
 
-typedef void (*block_kernel)(struct attend_args args, int n_splits, float *scratch);
+typedef void (*block_kernel)(struct attend_args args, int n_splits, float *scratch, int *arrived);
 
 /* The presets have 2 bits; other pairs share a kernel. */
 template <int D, typename T> static block_kernel choose_kernel(const struct cache_layer *layer) {
@@ -372,19 +483,15 @@ template <int D, typename T> static block_kernel choose_kernel(const struct cach
 template <int D> static int block_launch(const struct cuda_launch *launch, const struct attend_args *args) {
     bool half = args->layer.format.window == DTYPE_F16;
     block_kernel kernel = half ? choose_kernel<D, __half>(&args->layer) : choose_kernel<D, __nv_bfloat16>(&args->layer);
-    int n_kv_heads = args->layout.n_kv_heads, n_slots = most_tiles(args->n_rows, args->n_heads / n_kv_heads);
-    int n_splits = choose_splits(launch, args, n_slots);
-    cudaStream_t stream = cuda_stream_of(launch);
+    int n_kv_heads = args->layout.n_kv_heads;
+    int64_t n_tiles = ceil_div((int64_t)args->n_rows * (args->n_heads / n_kv_heads), BLOCK_VECTORS);
+    int n_splits = choose_splits(launch, args, n_tiles);
     cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes(D));
     if (error != cudaSuccess)
         FAIL(STATUS_FAILED, "CUDA: attend_block: %d bytes of shared memory: %s", shared_bytes(D), cudaGetErrorString(error));
-    dim3 grid((unsigned)n_slots, (unsigned)n_kv_heads, (unsigned)n_splits), merge_grid((unsigned)n_slots, (unsigned)n_kv_heads);
-    kernel<<<grid, BLOCK_THREADS, shared_bytes(D), stream>>>(*args, n_splits, (float *)launch->scratch);
+    dim3 grid((unsigned)n_tiles, (unsigned)n_kv_heads, (unsigned)n_splits);
+    (void)launch_early(launch, kernel, grid, BLOCK_THREADS, shared_bytes(D), *args, n_splits, (float *)launch->scratch, launch->counters);
     CHECK_LAUNCH("attend_block");
-    if (n_splits > 1) {
-        attend_block_merge_kernel<D><<<merge_grid, BLOCK_THREADS, 0, stream>>>(*args, n_splits, (float *)launch->scratch);
-        CHECK_LAUNCH("attend_block_merge");
-    }
     return STATUS_OK;
 }
 

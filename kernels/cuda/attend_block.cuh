@@ -38,7 +38,8 @@ __host__ __device__ constexpr int k_row_bytes(int d) { return 2 * d + 64; }
 __host__ __device__ constexpr int v_row_bytes(int d) { return 2 * d + 16; }
 
 struct block_piece {         /* one block in shared memory, the same for all lanes */
-    const uint8_t *k, *v;    /* the part of a record, or padded rows; rows that do not count are 0 */
+    const uint8_t *k, *v;    /* codes as in a record, or unpacked (attend_unpack.cuh), or padded rows; rows that do not count are 0 */
+    const uint4 *k_parameters, *v_parameters; /* of codes */
     int k_bits, v_bits;
     bool masked;             /* tokens begin .. end-1 count, and in the current block those up to a row's own position */
     bool current;
@@ -243,7 +244,11 @@ template <int D, typename T> __device__ static void queries_prepare(warp_queries
     __syncwarp();
 }
 
-/* ---- scores: s[n][..] of tokens 8 n .. 8 n + 7, without the factor --------------------------------------------------- */
+/* ---- scores: s[n][..] of tokens 8 n .. 8 n + 7; unit s + shift is the score in units of log2(e) ------------------------ */
+
+struct score_units { /* of the lane's two rows */
+    float unit[2], shift[2];
+};
 
 __device__ static inline void scores_scale(float (&s)[TOKEN_TILES][4], float factor) {
 #pragma unroll
@@ -315,23 +320,41 @@ __device__ static inline void query_scaled(float4 q, uint4 parameters, float uni
     low[r] = pack<__half>(x0, x1), low[r + 2] = pack<__half>(x2, x3);
 }
 
+/* The larger of each of two fp16 numbers >= 0. */
+__device__ static inline uint32_t larger_pair(uint32_t a, uint32_t b) {
+    __half2 pair = __hmax2(*reinterpret_cast<__half2 *>(&a), *reinterpret_cast<__half2 *>(&b));
+    return *reinterpret_cast<uint32_t *>(&pair);
+}
+
 /* Exponent of the largest of K's scales. */
 template <int D> __device__ static inline int scale_exponent_k(const uint4 *parameters, int t) {
-    float big = 0.0f;
+    uint32_t big = 0;
 #pragma unroll
     for (int step = 0; step < D / 16; step++) {
         uint4 p = parameters[step * 4 + t];
-        float2 a = unpack<__half>(p.x), b = unpack<__half>(p.y);
-        big = fmaxf(fmaxf(fmaxf(big, fabsf(a.x)), fmaxf(fabsf(a.y), fabsf(b.x))), fabsf(b.y));
+        big = larger_pair(big, larger_pair(p.x, p.y));
     }
-    return exponent_of(quad_max(big), MIN_F16_EXPONENT, 15);
+    float2 two = unpack<__half>(big);
+    return exponent_of(quad_max(fmaxf(two.x, two.y)), MIN_F16_EXPONENT, 15);
+}
+
+/* What `up` and the subnormals put into sums of products is taken out, and the zeros' products (dot) are added. */
+__device__ static inline score_units codes_units(const warp_queries &queries, int up, const float (&dot)[2]) {
+    score_units units;
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+        float factor = queries.vectors[queries.lane / 4 + 8 * r].factor;
+        units.unit[r] = power2(SUBNORMAL - up) * factor;
+        units.shift[r] = quad_sum(dot[r]) * factor;
+    }
+    return units;
 }
 
 /* s += q . key for K in codes. */
 template <int D, int BITS, bool MEAN>
-__device__ static inline void scores_codes(const block_piece &piece, const warp_queries &queries, float (&s)[TOKEN_TILES][4]) {
+__device__ static inline score_units scores_codes(const block_piece &piece, const warp_queries &queries, float (&s)[TOKEN_TILES][4]) {
     const uint4 *codes = reinterpret_cast<const uint4 *>(piece.k);
-    const uint4 *parameters = codes + KV_BLOCK * D * BITS / 8 / 16;
+    const uint4 *parameters = piece.k_parameters;
     int lane = queries.lane, up = TOP_EXPONENT - scale_exponent_k<D>(parameters, lane % 4);
     float dot[2] = {0.0f, 0.0f};
     if (MEAN && piece.mean)
@@ -360,20 +383,14 @@ __device__ static inline void scores_codes(const block_piece &piece, const warp_
             }
         }
     }
-    float down = power2(SUBNORMAL - up), constant[2] = {quad_sum(dot[0]), quad_sum(dot[1])};
-#pragma unroll
-    for (int n = 0; n < TOKEN_TILES; n++)
-#pragma unroll
-        for (int e = 0; e < 4; e++)
-            s[n][e] = s[n][e] * down + constant[e / 2];
+    return codes_units(queries, up, dot);
 }
 
 /* s += q . key for K in 16 bit, where q is exact: encoded keys alone are rotated. */
 template <int D, typename T>
-__device__ static inline void scores_rows(const block_piece &piece, const warp_queries &queries, float (&s)[TOKEN_TILES][4]) {
+__device__ static inline score_units scores_rows(const block_piece &piece, const warp_queries &queries, float (&s)[TOKEN_TILES][4]) {
     int lane = queries.lane, g = lane / 4, t = lane % 4;
     const float boost = (float)(1 << Q_BOOST);
-    scores_scale(s, boost);
 #pragma unroll
     for (int first = 0; first < D / 16; first += GROUP_STEPS) {
         uint32_t a[GROUP_STEPS][4];
@@ -395,7 +412,7 @@ __device__ static inline void scores_rows(const block_piece &piece, const warp_q
                 mma<T>(s[n], a[i + 1], b.z, b.w);
             }
     }
-    scores_scale(s, 1.0f / boost);
+    return {{queries.vectors[g].factor / boost, queries.vectors[g + 8].factor / boost}, {0.0f, 0.0f}};
 }
 
 /* ---- weights ------------------------------------------------------------------------------------------------------ */
@@ -415,23 +432,35 @@ __device__ static inline void scores_mask(const block_piece &piece, const warp_q
         }
 }
 
-/* Scores to weights e^(s - top of this block) in place; m, l and z move on. y is to be multiplied by `old`, what this block adds to y
- * and z by `add`. */
+/* y = y old. Maxima settle early: most blocks have nothing to do here. */
+template <int D> __device__ static inline void sums_rescale(warp_sums<D> &sums, const float (&old)[2]) {
+    if (__all_sync(0xffffffffu, old[0] == 1.0f && old[1] == 1.0f))
+        return;
+#pragma unroll
+    for (int n = 0; n < D / 8; n++)
+#pragma unroll
+        for (int e = 0; e < 4; e++)
+            sums.y[n][e] *= old[e / 2];
+}
+
+/* Scores to weights e^(score - top of this block) in place; all sums move on to the new max. What this block adds to y and z is to be
+ * multiplied by `add`. The largest score is where s is largest: units are positive. */
 template <int D>
-__device__ static inline void scores_to_weights(const warp_queries &queries, float (&s)[TOKEN_TILES][4], warp_sums<D> &sums,
-                                                float (&old)[2], float (&add)[2]) {
+__device__ static inline void scores_to_weights(const score_units &units, float (&s)[TOKEN_TILES][4], warp_sums<D> &sums,
+                                                float (&add)[2]) {
+    float old[2];
 #pragma unroll
     for (int r = 0; r < 2; r++) {
-        float top = -INFINITY, sum = 0.0f, factor = queries.vectors[queries.lane / 4 + 8 * r].factor;
+        float top = -INFINITY, sum = 0.0f;
 #pragma unroll
-        for (int n = 0; n < TOKEN_TILES; n++) {
-            s[n][2 * r] *= factor, s[n][2 * r + 1] *= factor;
+        for (int n = 0; n < TOKEN_TILES; n++)
             top = fmaxf(top, fmaxf(s[n][2 * r], s[n][2 * r + 1]));
-        }
-        top = fmaxf(quad_max(top), M_NONE);
+        top = fmaxf(fmaf(quad_max(top), units.unit[r], units.shift[r]), M_NONE);
+        float shift = units.shift[r] - top;
 #pragma unroll
         for (int n = 0; n < TOKEN_TILES; n++) {
-            s[n][2 * r] = fast_exp2(s[n][2 * r] - top), s[n][2 * r + 1] = fast_exp2(s[n][2 * r + 1] - top);
+            s[n][2 * r] = fast_exp2(fmaf(s[n][2 * r], units.unit[r], shift));
+            s[n][2 * r + 1] = fast_exp2(fmaf(s[n][2 * r + 1], units.unit[r], shift));
             sum += s[n][2 * r] + s[n][2 * r + 1];
         }
         float m = fmaxf(sums.m[r], top);
@@ -441,40 +470,38 @@ __device__ static inline void scores_to_weights(const warp_queries &queries, flo
         sums.l[r] = sums.l[r] * old[r] + sum * add[r];
         sums.z[r] *= old[r];
     }
+    sums_rescale<D>(sums, old);
 }
 
 /* ---- values ------------------------------------------------------------------------------------------------------- */
 
-/* y = y old + c add for 32 channels from 8 n on. */
-template <int D>
-__device__ static inline void sums_add(warp_sums<D> &sums, int n, const float (&c)[4][4], const float (&old)[2], float add0, float add1) {
+/* y += c add for 8 N channels from 8 n on. */
+template <int D, int N>
+__device__ static inline void sums_add(warp_sums<D> &sums, int n, const float (&c)[N][4], float add0, float add1) {
 #pragma unroll
-    for (int k = 0; k < 4; k++)
+    for (int k = 0; k < N; k++)
 #pragma unroll
         for (int e = 0; e < 4; e++)
-            sums.y[n + k][e] = c[k][e] * (e < 2 ? add0 : add1) + sums.y[n + k][e] * old[e / 2];
+            sums.y[n + k][e] += c[k][e] * (e < 2 ? add0 : add1);
 }
 
 /* Exponent of the largest of V's scales. A lane's 16 bytes of a step: scale and zero of tokens 2t, 2t + 8, 2t + 1, 2t + 9. */
 __device__ static inline int scale_exponent_v(const uint4 *parameters, int t) {
-    float big = 0.0f;
+    uint32_t big = 0;
 #pragma unroll
     for (int step = 0; step < TOKEN_STEPS; step++) {
         uint4 p = parameters[step * 4 + t];
-        big = fmaxf(fmaxf(big, fabsf(unpack<__half>(p.x).x)), fabsf(unpack<__half>(p.y).x));
-        big = fmaxf(fmaxf(big, fabsf(unpack<__half>(p.z).x)), fabsf(unpack<__half>(p.w).x));
+        big = larger_pair(big, larger_pair(larger_pair(p.x, p.y), larger_pair(p.z, p.w)));
     }
-    return exponent_of(quad_max(big), MIN_F16_EXPONENT, 15);
+    return exponent_of(quad_max(unpack<__half>(big).x), MIN_F16_EXPONENT, 15);
 }
 
-/* Adds sum p v for V in codes; p in s. */
+/* p (in s) times V's scales, in fp16: the A operand of sum p v, to be multiplied by the power of two returned. The zeros' part goes to
+ * sums.z. */
 template <int D, int BITS>
-__device__ static inline void values_codes(const block_piece &piece, int lane, const float (&s)[TOKEN_TILES][4], const float (&old)[2],
-                                           const float (&add)[2], warp_sums<D> &sums) {
-    const uint4 *codes = reinterpret_cast<const uint4 *>(piece.v);
-    const uint4 *parameters = codes + KV_BLOCK * D * BITS / 8 / 16;
+__device__ static inline float weights_scaled(const uint4 *parameters, int lane, const float (&s)[TOKEN_TILES][4], const float (&add)[2],
+                                              warp_sums<D> &sums, uint32_t (&a)[TOKEN_STEPS][4]) {
     int up = TOP_EXPONENT - scale_exponent_v(parameters, lane % 4);
-    uint32_t a[TOKEN_STEPS][4];
     float zero[2] = {0.0f, 0.0f};
 #pragma unroll
     for (int step = 0; step < TOKEN_STEPS; step++) {
@@ -489,10 +516,19 @@ __device__ static inline void values_codes(const block_piece &piece, int lane, c
             zero[r] += p0 * t0.y + p1 * t1.y + p8 * t8.y + p9 * t9.y;
         }
     }
-    float down = power2(SUBNORMAL - up);
 #pragma unroll
     for (int r = 0; r < 2; r++)
         sums.z[r] += zero[r] * add[r];
+    return power2(SUBNORMAL - up);
+}
+
+/* Adds sum p v for V in codes; p in s. */
+template <int D, int BITS>
+__device__ static inline void values_codes(const block_piece &piece, int lane, const float (&s)[TOKEN_TILES][4], const float (&add)[2],
+                                           warp_sums<D> &sums) {
+    const uint4 *codes = reinterpret_cast<const uint4 *>(piece.v);
+    uint32_t a[TOKEN_STEPS][4];
+    float down = weights_scaled<D, BITS>(piece.v_parameters, lane, s, add, sums, a);
 #pragma unroll
     for (int n = 0; n < D / 8; n += 4) {
         float c[4][4] = {};
@@ -506,7 +542,7 @@ __device__ static inline void values_codes(const block_piece &piece, int lane, c
                 code_mma<BITS>(c[2], c[3], a[first + i], w1, i);
             }
         }
-        sums_add<D>(sums, n, c, old, add[0] * down, add[1] * down);
+        sums_add(sums, n, c, add[0] * down, add[1] * down);
     }
 }
 
@@ -521,8 +557,8 @@ __device__ static inline uint4 load_matrices_transposed(const uint8_t *row) {
 
 /* The same for V in 16 bit: p is one fp16 number or two of bf16. */
 template <int D, typename T>
-__device__ static inline void values_rows(const block_piece &piece, int lane, float (&s)[TOKEN_TILES][4], const float (&old)[2],
-                                          const float (&add)[2], warp_sums<D> &sums) {
+__device__ static inline void values_rows(const block_piece &piece, int lane, float (&s)[TOKEN_TILES][4], const float (&add)[2],
+                                          warp_sums<D> &sums) {
     constexpr int n_parts = window_is_f16<T>() ? 1 : 2;
     const float boost = (float)(1 << P_BOOST), down = 1.0f / boost;
     const uint8_t *row = piece.v + (lane / 8 % 2 * 8 + lane % 8) * v_row_bytes(D) + lane / 16 * 8 * 2;
@@ -551,7 +587,7 @@ __device__ static inline void values_rows(const block_piece &piece, int lane, fl
                 mma<T>(c[3], a[part][step], b1.z, b1.w);
             }
         }
-        sums_add<D>(sums, n, c, old, add[0] * down, add[1] * down);
+        sums_add(sums, n, c, add[0] * down, add[1] * down);
     }
 }
 
@@ -573,22 +609,23 @@ template <int D> __device__ static inline void sums_clear(warp_sums<D> &sums) {
 /* K_BITS, V_BITS: 0 where they are known at run time only. MEAN: piece.mean may be there. */
 template <int D, typename T, int K_BITS, int V_BITS, bool MEAN>
 __device__ static inline void warp_attend(const block_piece &piece, const warp_queries &queries, warp_sums<D> &sums) {
-    float s[TOKEN_TILES][4] = {}, old[2], add[2];
+    float s[TOKEN_TILES][4] = {}, add[2];
+    score_units units;
     if (MEAN && piece.mean)
         scores_mean<D, T>(piece, queries, s);
     switch (K_BITS ? K_BITS : piece.k_bits) {
-    case 2: scores_codes<D, 2, MEAN>(piece, queries, s); break;
-    case 4: scores_codes<D, 4, MEAN>(piece, queries, s); break;
-    case 8: scores_codes<D, 8, MEAN>(piece, queries, s); break;
-    default: scores_rows<D, T>(piece, queries, s);
+    case 2: units = scores_codes<D, 2, MEAN>(piece, queries, s); break;
+    case 4: units = scores_codes<D, 4, MEAN>(piece, queries, s); break;
+    case 8: units = scores_codes<D, 8, MEAN>(piece, queries, s); break;
+    default: units = scores_rows<D, T>(piece, queries, s);
     }
     if (piece.masked)
         scores_mask(piece, queries, s);
-    scores_to_weights<D>(queries, s, sums, old, add);
+    scores_to_weights<D>(units, s, sums, add);
     switch (V_BITS ? V_BITS : piece.v_bits) {
-    case 2: values_codes<D, 2>(piece, queries.lane, s, old, add, sums); break;
-    case 4: values_codes<D, 4>(piece, queries.lane, s, old, add, sums); break;
-    case 8: values_codes<D, 8>(piece, queries.lane, s, old, add, sums); break;
-    default: values_rows<D, T>(piece, queries.lane, s, old, add, sums);
+    case 2: values_codes<D, 2>(piece, queries.lane, s, add, sums); break;
+    case 4: values_codes<D, 4>(piece, queries.lane, s, add, sums); break;
+    case 8: values_codes<D, 8>(piece, queries.lane, s, add, sums); break;
+    default: values_rows<D, T>(piece, queries.lane, s, add, sums);
     }
 }

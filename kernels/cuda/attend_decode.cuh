@@ -385,5 +385,5 @@ static __global__ void __launch_bounds__(C::MAX_WARPS *WARP, 1)
             side_states<C::D>(&args, &shape, &plan, side);
     }
     decode_wait<C>(w);
-    empty_rows<C::D>(&args, &shape, &plan, any_run);
+    empty_rows<C::D>(&args, &shape, &plan);
 }

@@ -222,14 +222,13 @@ __device__ __forceinline__ void join_teams(const struct attend_args *args, const
 /* Padding, rows beyond the step's, and rows of which this rank has no token. Nothing is left of C_n and C_d either, unless another kernel
  * has seen to them. A warp a head. */
 template <int D>
-__device__ __forceinline__ void empty_rows(const struct attend_args *args, const struct attend_shape *shape, const struct attend_plan *plan,
-                                           bool any_run) {
+__device__ __forceinline__ void empty_rows(const struct attend_args *args, const struct attend_shape *shape, const struct attend_plan *plan) {
     const int n_rows = attend_n_rows(args), warp = (int)(blockIdx.x * blockDim.x + threadIdx.x) / WARP;
     const int n_warps = (int)(gridDim.x * blockDim.x) / WARP, lane = (int)threadIdx.x % WARP;
 #pragma unroll 1
     for (int i = warp; i < args->n_rows * args->n_heads; i += n_warps) {
         const int row = i / args->n_heads, head = i % args->n_heads;
-        if (plan->n_tiles[row] > 0 || (any_run && row < n_rows && attend_in_long_run(args->in, n_rows, row)))
+        if (plan->n_tiles[row] != 0)
             continue;
         const bool padding = row >= n_rows || args->in->row[row].seq < 0;
         float *record = attend_record(args, row, head);

@@ -9,6 +9,7 @@
 #include "kernels/cuda/attend.cuh"
 
 enum {
+    PLAN_ELSEWHERE = -1,
     DECODE_MAX_WARPS = 12,     /* of a CTA, at most 16: 168 registers a thread, enough for four heads and nothing but the usual */
     DECODE_MAX_WARPS_WIDE = 8, /* with eight heads a warp, or with bits that are read or mean keys: up to 255 registers */
 };
@@ -38,7 +39,7 @@ __device__ static inline int share_of(const struct equal_shares *share, int tile
 /* What a CTA knows of the step, in shared memory. */
 struct attend_plan {
     int begin[STEP_MAX_ROWS + 1];        /* first tile of a row; [n_rows]: the total */
-    int n_tiles[STEP_MAX_ROWS];          /* of one KV head of a row; 0: padding, rows beyond; rows of long runs */
+    int n_tiles[STEP_MAX_ROWS];          /* of one KV head of a row; 0: padding, rows beyond; PLAN_ELSEWHERE: rows of long runs */
     struct attend_view view[STEP_MAX_ROWS];
     struct equal_shares share;           /* of CTAs */
     int team[DECODE_MAX_WARPS + 1];      /* first tile of a team of this CTA; [n_teams]: that of the next CTA */
@@ -128,8 +129,10 @@ template <bool SLICED>
 __device__ static inline int plan_row(const struct attend_args *args, int n_rows, int row, bool any_run, struct attend_view *view) {
     const int4 words = *(const int4 *)&args->in->row[row];
     const struct step_row at = {words.x, words.y, words.z, words.w};
-    if (row >= n_rows || at.seq < 0 || (any_run && attend_in_long_run(args->in, n_rows, row)))
+    if (row >= n_rows || at.seq < 0)
         return 0;
+    if (any_run && attend_in_long_run(args->in, n_rows, row))
+        return PLAN_ELSEWHERE;
     *view = attend_view_of(args, &at);
     return view->n_pages * (SLICED ? KV_BLOCK / ATTEND_SLICE : 1) + plan_exact_slices(args, view);
 }
@@ -138,7 +141,7 @@ __device__ static inline int plan_row(const struct attend_args *args, int n_rows
 __device__ static inline void plan_sum(struct attend_plan *plan, int n_rows, int n_kv_heads) {
     int before = 0;
     for (int first = 0; first < n_rows; first += WARP) {
-        const int row = first + (int)threadIdx.x % WARP, own = row < n_rows ? plan->n_tiles[row] * n_kv_heads : 0;
+        const int row = first + (int)threadIdx.x % WARP, own = row < n_rows ? max(plan->n_tiles[row], 0) * n_kv_heads : 0;
         int sum = own;
         for (int offset = 1; offset < min(WARP, n_rows); offset *= 2) {
             int other = __shfl_up_sync(0xffffffffu, sum, offset);
@@ -242,7 +245,7 @@ __device__ static inline bool cursor_next(const struct attend_args *args, const 
     if (++at->kv_head == args->layout.n_kv_heads) {
         at->kv_head = at->n_pages = 0;
         do
-            at->n = ++at->row < args->n_rows ? plan->n_tiles[at->row] : 0;
+            at->n = ++at->row < args->n_rows ? max(plan->n_tiles[at->row], 0) : 0;
         while (at->n == 0 && at->row < args->n_rows);
     }
     cursor_enter<SLICED>(args, plan, at);

@@ -21,13 +21,18 @@ enum {
     DNN_OLDEST = 91000,          /* 9.10: takes -inf as a mask; device properties without a handle came with 9.8 */
     DNN_MAX_KEPT = 96,           /* descriptors of one plan: 57 of the graph and the heuristics, 2 per engine */
     DNN_MAX_ENGINES = 8,         /* proposals of the heuristics that are tried */
-    DNN_N_PLANS = 16,            /* shapes remembered: a rank's two chunks of a few prompt lengths */
+    DNN_N_PLANS = 32,            /* shapes remembered: a rank's two chunks of the prompt lengths that come again */
     DNN_MIN_ROWS = 1024,         /* below, tiles of rows are too few for cuDNN's kernel to be the faster one */
+    DNN_ROUND = 1024,            /* lengths that are multiples of this recur */
+    DNN_MIN_ROUND_KEYS = 2048,   /* of such a length */
 };
 
 /* Floating-point operations of one call from which on cuDNN is used. A plan is compiled for its exact shape, which takes up to a second
  * (9.14 has no attention engine for dynamic shapes); a model of 32 layers calls it 32 times; on an H100 (16K tokens, 32/8 heads of 128)
- * cuDNN 9.14 made 604 TFLOP/s and our kernel 390, which saves 0.9 s per 10^15 operations. So it pays from 3.4e13 on: 64K tokens. */
+ * cuDNN 9.14 made 604 TFLOP/s and our kernel 390, which saves 0.9 s per 10^15 operations. So it pays from 3.4e13 on: 64K tokens. That is
+ * for a length that comes once. Round lengths come again: windows of an evaluation, prompts cut to a context, measurements; for them the
+ * plan is soon paid for (4K tokens: 535 and 353 TFLOP/s). Shorter prompts of any other length have our kernel: attention is a small part
+ * of their time. */
 #define DNN_MIN_OPERATIONS 3.4e13
 
 /* The calls taken from the library. */
@@ -477,7 +482,9 @@ static int widen(const struct cuda_launch *launch, enum dtype dtype, float *out,
 
 bool cuda_dnn_pays(const struct attend_exact_args *args) {
     double seen = (double)args->n_rows * ((double)args->first + 0.5 * (double)args->n_rows); /* keys, by all rows of a head */
-    return args->n_rows >= DNN_MIN_ROWS && 4.0 * seen * args->head_dim * args->n_heads >= DNN_MIN_OPERATIONS;
+    bool is_round = args->n_rows % DNN_ROUND == 0 && args->first % DNN_ROUND == 0 && args->n % DNN_ROUND == 0;
+    return args->n_rows >= DNN_MIN_ROWS && ((is_round && args->first + args->n_rows >= DNN_MIN_ROUND_KEYS) ||
+                                            4.0 * seen * args->head_dim * args->n_heads >= DNN_MIN_OPERATIONS);
 }
 
 /* The shape's plan: known already, or made now, which needs a stream that is not captured. *out is NULL for a new shape while it is. */

@@ -18,8 +18,8 @@ void cuda_dnn_close(struct cuda_dnn *dnn);
 /* "9.14.0". */
 const char *cuda_dnn_version(const struct cuda_dnn *dnn);
 
-/* Whether a call is large enough for cuDNN to make up for the half second that compiling for a new shape takes. It depends on the
- * shape only, so that equal prompts give equal bits. */
+/* Whether cuDNN can be expected to make up for the half second that compiling for a new shape takes: a large call, or a round length, which
+ * comes again. It depends on the shape only, so that equal prompts give equal bits. */
 bool cuda_dnn_pays(const struct attend_exact_args *args);
 
 /* The operation by cuDNN, launch->dnn; arguments already checked, n_rows > 0. *done is false, with nothing launched, where it is left to

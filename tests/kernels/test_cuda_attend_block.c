@@ -515,6 +515,23 @@ static void check_many(struct rig *rig) {
     check_all_ranks(rig, wide);
 }
 
+/* More tiles than a run of all rows would have, so that a CTA takes several: eight runs of one head, 8 rows each. And runs in which the
+ * 16-bit blocks are all that there is, or as much as the pages. */
+static void check_short(struct rig *rig) {
+    static const struct piece runs[][MAX_PIECES] = {
+        {{8, 0}, {8, 120}, {9, 300}, {8, 512}, {10, 640}, {8, 128}, {8, 256}, {8, 700}},
+        {{8, 1}, {12, 0}, {8, 1000}, {8, 1500}, {16, 2032}, {9, 17}, {8, 4000}, {8, 64}},
+        {{128, 0}},
+        {{120, 384}, {128, 128}},
+    };
+    for (uint64_t i = 0; i < 8; i++) {
+        struct setup s = setup_of("short runs", 2, i < 4 ? 2 : 4, i % 2 ? 64 : 128, 600 + i * 8);
+        s.group = i % 4 < 2 ? 1 : 4;
+        memcpy(s.pieces, runs[i % 4], sizeof s.pieces);
+        check_all_ranks(rig, s);
+    }
+}
+
 static void check_outliers(struct rig *rig) {
     for (int k = 0; k < 3; k++) {
         struct setup s = setup_of("outliers", all_bits[k], 2, k == 1 ? 64 : 128, 500 + (uint64_t)k);
@@ -533,6 +550,7 @@ int main(void) {
     check_formats(&rig);
     check_steps(&rig);
     check_many(&rig);
+    check_short(&rig);
     check_outliers(&rig);
     fprintf(stderr, "worst error of Y: %.3f of its limit\n", worst_share);
     rig_close(&rig);

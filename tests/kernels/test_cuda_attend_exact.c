@@ -236,6 +236,19 @@ static bool run_dnn(const struct cuda_launch *launch, const struct attend_exact_
     return done;
 }
 
+/* Which calls go to cuDNN: large ones, and those of round lengths. */
+static void check_choice(void) {
+    static const struct { int64_t n_rows, first, room; bool pays; } calls[] = {
+        {65536, 0, 0, true}, {65537, 0, 3, true}, {4097, 0, 0, false},       {4096, 0, 1, false}, {4096, 0, 0, true},
+        {2048, 0, 0, true},  {1024, 0, 0, false}, {1024, 3072, 0, true},     {1024, 3071, 1, false}, {512, 65536, 0, false},
+    };
+    for (size_t i = 0; i < sizeof calls / sizeof *calls; i++) {
+        struct attend_exact_args args = shape(calls[i].n_rows, calls[i].first, calls[i].room, 32, 8, 128, DTYPE_F16);
+        CHECK(cuda_dnn_pays(&args) == calls[i].pays, "%lld rows from %lld on, %lld keys beyond: cuDNN %s", (long long)calls[i].n_rows,
+              (long long)calls[i].first, (long long)calls[i].room, calls[i].pays ? "is not used" : "is used");
+    }
+}
+
 /* One problem by both kernels. */
 static void check_both(struct rig *rig, const struct cuda_launch *launch, struct attend_exact_args args) {
     struct problem p;
@@ -346,6 +359,8 @@ int main(void) {
     check_shapes(&rig);
     check_refusals(&rig);
     struct cuda_launch launch = launch_make();
+    if (launch.dnn)
+        check_choice();
     base_set_log(LOG_DEBUG, "");
     check_both(&rig, &launch, shape(1024, 3072, 0, 8, 2, 128, DTYPE_F16));
     check_both(&rig, &launch, shape(1001, 500, 99, 8, 2, 128, DTYPE_BF16)); /* NaN after the last key */
