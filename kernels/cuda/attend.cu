@@ -11,7 +11,9 @@ enum {
     STAGE_ALIGN = 128,
     SHARED_80 = 163 << 10, SHARED_86 = 99 << 10, SHARED_90 = 227 << 10, /* shared memory a CTA can have (CUDA manual, table of limits) */
     SIDE_MAX_WARPS = 4,       /* of a CTA for the correction */
+    SIDE_SHORT = 4,           /* slices of a task up to which tasks have one head */
     SIDE_STEP_COST = 3,       /* sixteenths of a tile: what 16 features and 8 channels of a head take, by instructions */
+    SIDE_STEP_COST_4 = 12,    /* of four heads */
     SIDE_ITEM_COST = 6,       /* the same for phi and for waiting */
 };
 
@@ -45,18 +47,29 @@ template <int D> static struct decode_choice choose_kernel(const struct attend_a
 /* Can the correction run beside this attention? */
 static bool side_can(const struct attend_args *args) { return args->layer.features == SIDE_FEATURES && !args->layer.phi_q_per_head; }
 
-/* Slices of a head's correction: as many as give all warps that can take part one, at most one for each step. */
+/* Slices of a task: as many as give all warps that can take part one, at most one for each step. */
+static int side_slices(int64_t n_tasks, int64_t n_warps, int head_dim) {
+    int n = 1;
+    while (n < head_dim / SIDE_STEP_CHANNELS && 2 * n * n_tasks <= n_warps)
+        n *= 2;
+    return n;
+}
+
+/* One head a task where that keeps slices short; else four, so that W and S are read less often. */
 static struct attend_side choose_side(const struct cuda_launch *launch, const struct attend_args *args, int n_teams) {
-    struct attend_side side = {0};
-    int64_t n_heads = (int64_t)args->n_rows * args->n_heads, most_warps = min_i64(SIDE_MAX_WARPS, n_teams / 2);
-    int most = args->layout.head_dim / SIDE_STEP_CHANNELS;
-    side.n_slices = 1;
-    while (side.n_slices < most && 2 * side.n_slices * n_heads <= launch->n_sms * most_warps)
-        side.n_slices *= 2;
-    int64_t n_items = n_heads * side.n_slices;
+    struct attend_side side = {.heads = 1};
+    int64_t most_warps = min_i64(SIDE_MAX_WARPS, n_teams / 2), n_warps = launch->n_sms * most_warps;
+    int64_t n_tasks = (int64_t)args->n_rows * args->n_heads;
+    int group = args->n_heads / args->layout.n_kv_heads;
+    if (group > 1 && n_tasks > n_warps / SIDE_SHORT) {
+        side.heads = SIDE_MAX_HEADS;
+        n_tasks = (int64_t)args->n_rows * args->layout.n_kv_heads * side_tasks(group, side.heads);
+    }
+    side.n_slices = side_slices(n_tasks, n_warps, args->layout.head_dim);
+    int64_t n_items = n_tasks * side.n_slices, steps = SIDE_STEPS / side.n_slices;
     side.n_warps = (int)min_i64(most_warps, ceil_div(n_items, launch->n_sms));
     int64_t each = ceil_div(n_items, (int64_t)launch->n_sms * side.n_warps);
-    side.n_tiles = (int)ceil_div(each * (SIDE_ITEM_COST + SIDE_STEPS / side.n_slices * SIDE_STEP_COST), 16);
+    side.n_tiles = (int)ceil_div(each * (SIDE_ITEM_COST + steps * (side.heads == 1 ? SIDE_STEP_COST : SIDE_STEP_COST_4)), 16);
     return side;
 }
 

@@ -1,9 +1,8 @@
 /* The correction inside the decode kernel: C_n = phi_q(q) S and C_d = phi_q(q) . P of every row and query head, by a few warps of each CTA
- * while the others attend. A head's work is cut into slices, one a warp: first its share of the logits q W, then, when all slices of the
- * head have theirs, phi of all features and its share of the channels of C_n. All CTAs of the grid are on the device at once, so one
- * may wait for another. Slices are made of steps that sum alike however many slices there are: the bits do not depend on that. A KV head's
- * query heads read the same W and S, from the second-level cache: one warp for all would take four times as long, and nobody waits for
- * bandwidth here. */
+ * while the others attend. A task is one head, or where many heads keep the device busy up to four of a KV head, which then read W
+ * and S once. It is cut into slices, one a warp: first its share of the logits q W, then, when all slices of the task have theirs, phi of
+ * all features and its share of the channels of C_n. All CTAs of the grid are on the device at once, so one may wait for another.
+ * Slices are made of steps that sum alike however many slices there are: the bits do not depend on that. */
 #pragma once
 
 #include "kernels/cuda/attend_merge.cuh"
@@ -11,31 +10,40 @@
 enum {
     SIDE_FEATURES = 256,     /* D; other ranks of the correction have a kernel of their own (correct.cu) */
     SIDE_HALF = SIDE_FEATURES / 2,
-    SIDE_STEPS = 16,         /* of a head: features, and at d = 128 channels */
+    SIDE_STEPS = 16,         /* of a task: features, and at d = 128 channels */
     SIDE_STEP_FEATURES = SIDE_FEATURES / SIDE_STEPS,
     SIDE_STEP_CHANNELS = 8,
+    SIDE_MAX_HEADS = 4,      /* of a task */
     SIDE_LANE_FEATURES = SIDE_FEATURES / WARP, /* features 4 lane .. of each half */
 };
 
-/* Which slices are this warp's: every step-th item from `first` on; item = (row * n_heads + head) * n_slices + slice. */
+/* Tasks of a KV head. */
+HOST_DEVICE static inline int side_tasks(int group, int heads) { return (group + heads - 1) / heads; }
+
+/* Which slices are this warp's: every step-th item from `first` on; item = ((row * n_kv_heads + kv_head) * tasks + task) * n_slices + slice. */
 struct side_items {
     int first, step, n;
 };
 __device__ __forceinline__ struct side_items side_items_of(const struct attend_args *args, const struct attend_shape *shape, int side) {
-    return {(int)blockIdx.x + (int)gridDim.x * side, (int)gridDim.x * shape->side.n_warps, args->n_rows * args->n_heads * shape->side.n_slices};
+    const int n_kv_heads = args->layout.n_kv_heads, tasks = side_tasks(args->n_heads / n_kv_heads, shape->side.heads);
+    return {(int)blockIdx.x + (int)gridDim.x * side, (int)gridDim.x * shape->side.n_warps,
+            args->n_rows * n_kv_heads * tasks * shape->side.n_slices};
 }
 
 struct side_item {
-    int row, kv_head, head, slice;
+    int row, kv_head, head, n_heads, slice; /* head: the first of n_heads */
 };
 /* False where the row has nothing here. */
 __device__ __forceinline__ bool side_item_at(const struct attend_args *args, const struct attend_shape *shape, const struct attend_plan *plan,
                                              int index, struct side_item *item) {
-    const unsigned both = (unsigned)index / (unsigned)shape->side.n_slices;
-    item->slice = index - (int)both * shape->side.n_slices;
-    item->row = (int)(both / (unsigned)args->n_heads);
-    item->head = (int)both - item->row * args->n_heads;
-    item->kv_head = (int)((unsigned)item->head / (unsigned)(args->n_heads / args->layout.n_kv_heads));
+    const unsigned n_kv_heads = (unsigned)args->layout.n_kv_heads, group = (unsigned)args->n_heads / n_kv_heads;
+    const unsigned tasks = (unsigned)side_tasks((int)group, shape->side.heads), all = (unsigned)index / (unsigned)shape->side.n_slices;
+    const unsigned segment = all / tasks, in_group = (all - segment * tasks) * (unsigned)shape->side.heads;
+    item->slice = index - (int)all * shape->side.n_slices;
+    item->row = (int)(segment / n_kv_heads);
+    item->kv_head = (int)segment - item->row * (int)n_kv_heads;
+    item->head = item->kv_head * (int)group + (int)in_group;
+    item->n_heads = min(shape->side.heads, (int)(group - in_group));
     return plan->n_tiles[item->row] > 0;
 }
 __device__ __forceinline__ const float *side_states_of(const struct attend_args *args, const struct attend_plan *plan,
@@ -43,46 +51,52 @@ __device__ __forceinline__ const float *side_states_of(const struct attend_args 
     const int64_t at = (int64_t)plan->view[item->row].seq * args->layout.n_kv_heads + item->kv_head;
     return args->layer.states + at * (SIDE_FEATURES * args->layout.head_dim + SIDE_FEATURES);
 }
+/* [n_heads][SIDE_FEATURES] */
 __device__ __forceinline__ float *side_logits_of(const struct attend_args *args, const struct attend_shape *shape, const struct side_item *item) {
     return shape->side.logits + ((int64_t)item->row * args->n_heads + item->head) * SIDE_FEATURES;
 }
 
 /* ---- logits ------------------------------------------------------------------------------------------------------------- */
 
-/* 16 logits: lane 4 g + t sums channels g * D / 8 .. for features 4 t .. 4 t + 3 of the step. */
-template <int D, typename T>
+/* 16 logits of each head: lane 4 g + t sums channels g * D / 8 .. for features 4 t .. 4 t + 3 of the step. */
+template <int D, typename T, int HEADS>
 __device__ __forceinline__ void side_logits_step(const struct attend_args *args, const struct side_item *item, int step, float *logits) {
     constexpr int CHANNELS = D / 8;
     const int lane = (int)threadIdx.x % WARP, t = lane % 4, g = lane / 4, feature = step * SIDE_STEP_FEATURES, half = feature / SIDE_HALF;
     const float *w = args->layer.phi_q + ((int64_t)item->kv_head * 2 + half) * D * SIDE_HALF + (int64_t)g * CHANNELS * SIDE_HALF +
                      feature % SIDE_HALF + 4 * t;
     const T *q = (const T *)args->q + ((int64_t)item->row * args->n_heads + item->head) * D + g * CHANNELS;
-    float sum[4] = {};
+    float sum[HEADS][4] = {};
     float4 four[CHANNELS];
-    uint4 words[CHANNELS / 8];
 #pragma unroll
     for (int i = 0; i < CHANNELS; i++)
         four[i] = __ldg((const float4 *)(w + i * SIDE_HALF));
 #pragma unroll
-    for (int i = 0; i < CHANNELS / 8; i++)
-        words[i] = *(const uint4 *)(q + 8 * i);
+    for (int h = 0; h < HEADS; h++) {
+        uint4 words[CHANNELS / 8];
 #pragma unroll
-    for (int i = 0; i < CHANNELS / 2; i++) {
-        const uint32_t pair[4] = {words[i / 4].x, words[i / 4].y, words[i / 4].z, words[i / 4].w};
-        const float2 x = widen_pair<T>(pair[i % 4]);
-        const float4 a = four[2 * i], b = four[2 * i + 1];
-        sum[0] = fmaf(x.y, b.x, fmaf(x.x, a.x, sum[0]));
-        sum[1] = fmaf(x.y, b.y, fmaf(x.x, a.y, sum[1]));
-        sum[2] = fmaf(x.y, b.z, fmaf(x.x, a.z, sum[2]));
-        sum[3] = fmaf(x.y, b.w, fmaf(x.x, a.w, sum[3]));
+        for (int i = 0; i < CHANNELS / 8; i++)
+            words[i] = *(const uint4 *)(q + min(h, item->n_heads - 1) * D + 8 * i);
+#pragma unroll
+        for (int i = 0; i < CHANNELS / 2; i++) {
+            const uint32_t pair[4] = {words[i / 4].x, words[i / 4].y, words[i / 4].z, words[i / 4].w};
+            const float2 x = widen_pair<T>(pair[i % 4]);
+            const float4 a = four[2 * i], b = four[2 * i + 1];
+            sum[h][0] = fmaf(x.y, b.x, fmaf(x.x, a.x, sum[h][0]));
+            sum[h][1] = fmaf(x.y, b.y, fmaf(x.x, a.y, sum[h][1]));
+            sum[h][2] = fmaf(x.y, b.z, fmaf(x.x, a.z, sum[h][2]));
+            sum[h][3] = fmaf(x.y, b.w, fmaf(x.x, a.w, sum[h][3]));
+        }
     }
 #pragma unroll
     for (int lanes = 4; lanes < WARP; lanes *= 2)
 #pragma unroll
-        for (int k = 0; k < 4; k++)
-            sum[k] += __shfl_xor_sync(0xffffffffu, sum[k], lanes);
-    if (g == 0)
-        *(float4 *)(logits + feature + 4 * t) = make_float4(sum[0], sum[1], sum[2], sum[3]);
+        for (int i = 0; i < HEADS * 4; i++)
+            sum[i / 4][i % 4] += __shfl_xor_sync(0xffffffffu, sum[i / 4][i % 4], lanes);
+#pragma unroll
+    for (int h = 0; h < HEADS; h++)
+        if (g == h && h < item->n_heads)
+            *(float4 *)(logits + h * SIDE_FEATURES + feature + 4 * t) = make_float4(sum[h][0], sum[h][1], sum[h][2], sum[h][3]);
 }
 
 /* The slice's channels of S go to the second-level cache. */
@@ -93,7 +107,7 @@ template <int D> __device__ __forceinline__ void side_prefetch(const float *stat
         asm volatile("prefetch.global.L2 [%0];" ::"l"(states + (int64_t)(i / lines) * D + slice * width + i % lines * 32));
 }
 
-template <int D, typename T>
+template <int D, typename T, int HEADS>
 __device__ __noinline__ void side_logits(const struct attend_args *args, const struct attend_shape *shape, const struct attend_plan *plan,
                                          int side) {
     const struct side_items items = side_items_of(args, shape, side);
@@ -107,7 +121,7 @@ __device__ __noinline__ void side_logits(const struct attend_args *args, const s
             side_prefetch<D>(side_states_of(args, plan, &item), item.slice, shape->side.n_slices);
 #pragma unroll 1
         for (int i = 0; i < n_steps; i++)
-            side_logits_step<D, T>(args, &item, item.slice * n_steps + i, side_logits_of(args, shape, &item));
+            side_logits_step<D, T, HEADS>(args, &item, item.slice * n_steps + i, side_logits_of(args, shape, &item));
         __syncwarp();
         if (threadIdx.x % WARP == 0)
             asm volatile("red.release.gpu.global.add.s32 [%0], 1;" ::"l"(side_ready(args, shape, item.row, item.head)) : "memory");
@@ -151,72 +165,84 @@ __device__ __forceinline__ void side_phi(const float *logits, float (&phi)[SIDE_
         phi[k] /= sum[k / 4];
 }
 
-/* Halves of 2 N numbers change places between lanes `apart` and are added. */
-template <int N> __device__ __forceinline__ void lanes_halve(float (&x)[SIDE_STEP_CHANNELS], int apart) {
-    const bool upper = threadIdx.x & apart;
+/* Sums over the lanes of N numbers each; those `apart` change halves first, then those half as far. Number lane / (32 / N) to each lane. */
+template <int N, int APART, int SIZE> __device__ __forceinline__ void lanes_scatter(float (&x)[SIZE]) {
+    const bool upper = threadIdx.x & APART;
 #pragma unroll
-    for (int i = 0; i < N; i++) {
-        const float keep = upper ? x[i + N] : x[i], give = upper ? x[i] : x[i + N];
-        x[i] = keep + __shfl_xor_sync(0xffffffffu, give, apart);
+    for (int i = 0; i < N / 2; i++) {
+        const float keep = upper ? x[i + N / 2] : x[i], give = upper ? x[i] : x[i + N / 2];
+        x[i] = keep + __shfl_xor_sync(0xffffffffu, give, APART);
     }
+    if constexpr (N == 1)
+        x[0] += __shfl_xor_sync(0xffffffffu, x[0], APART);
+    if constexpr (APART > 1)
+        lanes_scatter<(N > 1 ? N / 2 : 1), APART / 2>(x);
 }
 
-/* Eight channels of C_n. states: at the first of the channels. Lane 4 c writes channel c. */
-template <int D>
-__device__ __forceinline__ void side_states_step(const float *states, const float (&phi)[SIDE_LANE_FEATURES], float *c_n) {
+/* Eight channels of C_n of each head. states, c_n: at the first of the channels. */
+template <int D, int HEADS>
+__device__ __forceinline__ void side_states_step(const float *states, const float (&phi)[HEADS][SIDE_LANE_FEATURES], float *c_n, int64_t stride,
+                                                 int n_heads) {
+    constexpr int NUMBERS = HEADS * SIDE_STEP_CHANNELS, LANES = WARP / NUMBERS;
+    constexpr int AT_ONCE = HEADS == 1 ? SIDE_LANE_FEATURES : SIDE_LANE_FEATURES / 2; /* rows in registers */
     const int lane = (int)threadIdx.x % WARP;
-    float sum[SIDE_STEP_CHANNELS] = {};
-    float4 a[SIDE_LANE_FEATURES], b[SIDE_LANE_FEATURES];
+    float sum[NUMBERS] = {};
 #pragma unroll
-    for (int f = 0; f < SIDE_LANE_FEATURES; f++) {
-        const float *row = states + (int64_t)(f / 4 * SIDE_HALF + 4 * lane + f % 4) * D;
-        a[f] = *(const float4 *)row, b[f] = *(const float4 *)(row + 4);
+    for (int first = 0; first < SIDE_LANE_FEATURES; first += AT_ONCE) {
+        float4 a[AT_ONCE], b[AT_ONCE];
+#pragma unroll
+        for (int k = 0; k < AT_ONCE; k++) {
+            const float *row = states + (int64_t)((first + k) / 4 * SIDE_HALF + 4 * lane + k % 4) * D;
+            a[k] = *(const float4 *)row, b[k] = *(const float4 *)(row + 4);
+        }
+#pragma unroll
+        for (int k = 0; k < AT_ONCE; k++) {
+            const float eight[SIDE_STEP_CHANNELS] = {a[k].x, a[k].y, a[k].z, a[k].w, b[k].x, b[k].y, b[k].z, b[k].w};
+#pragma unroll
+            for (int i = 0; i < NUMBERS; i++)
+                sum[i] = fmaf(phi[i / SIDE_STEP_CHANNELS][first + k], eight[i % SIDE_STEP_CHANNELS], sum[i]);
+        }
     }
-#pragma unroll
-    for (int f = 0; f < SIDE_LANE_FEATURES; f++) {
-        const float eight[SIDE_STEP_CHANNELS] = {a[f].x, a[f].y, a[f].z, a[f].w, b[f].x, b[f].y, b[f].z, b[f].w};
-#pragma unroll
-        for (int c = 0; c < SIDE_STEP_CHANNELS; c++)
-            sum[c] = fmaf(phi[f], eight[c], sum[c]);
-    }
-    lanes_halve<4>(sum, 16);
-    lanes_halve<2>(sum, 8);
-    lanes_halve<1>(sum, 4);
-    sum[0] += __shfl_xor_sync(0xffffffffu, sum[0], 2);
-    sum[0] += __shfl_xor_sync(0xffffffffu, sum[0], 1);
-    if (lane % 4 == 0)
-        c_n[lane / 4] = sum[0];
+    lanes_scatter<NUMBERS, WARP / 2>(sum);
+    const int number = lane / LANES;
+    if (lane % LANES == 0 && number / SIDE_STEP_CHANNELS < n_heads)
+        c_n[number / SIDE_STEP_CHANNELS * stride + number % SIDE_STEP_CHANNELS] = sum[0];
 }
 
 /* The slice of C_n, and with slice 0 C_d. */
-template <int D>
-__device__ __forceinline__ void side_states_head(const struct attend_args *args, const struct attend_shape *shape, const float *states,
-                                                 const struct side_item *item) {
+template <int D, int HEADS>
+__device__ __forceinline__ void side_states_heads(const struct attend_args *args, const struct attend_shape *shape, const float *states,
+                                                  const struct side_item *item) {
     const int lane = (int)threadIdx.x % WARP, width = D / shape->side.n_slices;
-    float *record = attend_record(args, item->row, item->head);
-    float phi[SIDE_LANE_FEATURES];
-    side_phi(side_logits_of(args, shape, item), phi);
+    float *records = attend_record(args, item->row, item->head);
+    float phi[HEADS][SIDE_LANE_FEATURES];
+#pragma unroll
+    for (int h = 0; h < HEADS; h++)
+        side_phi(side_logits_of(args, shape, item) + min(h, item->n_heads - 1) * SIDE_FEATURES, phi[h]);
 #pragma unroll 1
     for (int c = item->slice * width; c < (item->slice + 1) * width; c += SIDE_STEP_CHANNELS)
-        side_states_step<D>(states + c, phi, record + D + c);
+        side_states_step<D, HEADS>(states + c, phi, records + D + c, args->stride, item->n_heads);
     if (item->slice > 0)
         return;
     const float *p = states + SIDE_FEATURES * D + 4 * lane;
     const float4 a = *(const float4 *)p, b = *(const float4 *)(p + SIDE_HALF);
-    const float own = phi[0] * a.x + phi[1] * a.y + phi[2] * a.z + phi[3] * a.w + phi[4] * b.x + phi[5] * b.y + phi[6] * b.z + phi[7] * b.w;
-    const float c_d = warp_sum(own);
-    if (lane == 0)
-        record[partial_tail(D, true) + 2] = c_d;
+#pragma unroll
+    for (int h = 0; h < HEADS; h++) {
+        const float *x = phi[h];
+        const float c_d = warp_sum(x[0] * a.x + x[1] * a.y + x[2] * a.z + x[3] * a.w + x[4] * b.x + x[5] * b.y + x[6] * b.z + x[7] * b.w);
+        if (lane == 0 && h < item->n_heads)
+            records[(int64_t)h * args->stride + partial_tail(D, true) + 2] = c_d;
+    }
 }
 
 /* Behind side_logits. */
-template <int D>
+template <int D, int HEADS>
 __device__ __noinline__ void side_states(const struct attend_args *args, const struct attend_shape *shape, const struct attend_plan *plan,
                                          int side) {
     const struct side_items items = side_items_of(args, shape, side);
     const int group = args->n_heads / args->layout.n_kv_heads;
     struct side_item item;
-    wait_for_earlier();
+    wait_for_earlier(); /* the records may still be read */
 #pragma unroll 1
     for (int index = items.first; index < items.n; index += items.step) {
         if (!side_item_at(args, shape, plan, index, &item))
@@ -225,10 +251,13 @@ __device__ __noinline__ void side_states(const struct attend_args *args, const s
         int n = 0;
         while (n < shape->side.n_slices)
             asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(n) : "l"(ready) : "memory");
-        side_states_head<D>(args, shape, side_states_of(args, plan, &item), &item);
+        side_states_heads<D, HEADS>(args, shape, side_states_of(args, plan, &item), &item);
         const struct attend_segment s = plan_segment(plan, item.row, item.kv_head);
-        const int in_group = item.head - item.kv_head * group;
-        if (heads_arrive(&shape->arrived[(int64_t)item.row * args->n_heads + item.head], 1, head_expected(shape, plan, &s)))
+        unsigned last = heads_arrive(&shape->arrived[(int64_t)item.row * args->n_heads + item.head], item.n_heads, head_expected(shape, plan, &s));
+#pragma unroll 1
+        for (; last; last &= last - 1) {
+            const int in_group = item.head - item.kv_head * group + __ffs((int)last) - 1;
             head_merge<D>(args, shape, plan, s, in_group, cta_pieces<D>(args, shape, plan, &s, in_group), true);
+        }
     }
 }

@@ -369,8 +369,10 @@ static __global__ void __launch_bounds__(C::MAX_WARPS *WARP, 1)
     w.barriers = barriers + warp * shape.n_stages;
     w.waited = false;
     const int side = pass == 0 ? team - (shape.n_teams - shape.side.n_warps) : -1; /* this warp among those of the correction */
-    if (side >= 0)
-        side_logits<C::D, typename C::T>(&args, &shape, &plan, side);
+    if (side >= 0 && shape.side.heads == 1)
+        side_logits<C::D, typename C::T, 1>(&args, &shape, &plan, side);
+    else if (side >= 0)
+        side_logits<C::D, typename C::T, SIDE_MAX_HEADS>(&args, &shape, &plan, side);
     if (begin < end) {
         decode_walk<C>(w, &plan, team, begin, end);
         decode_finish_segments<C>(w, &plan, begin, end);
@@ -381,8 +383,10 @@ static __global__ void __launch_bounds__(C::MAX_WARPS *WARP, 1)
         join_teams<C::D>(&args, &shape, &plan, stages, n_joiners);
     } else {
         barrier_arrive((int)blockDim.x);
-        if (side >= 0)
-            side_states<C::D>(&args, &shape, &plan, side);
+        if (side >= 0 && shape.side.heads == 1)
+            side_states<C::D, 1>(&args, &shape, &plan, side);
+        else if (side >= 0)
+            side_states<C::D, SIDE_MAX_HEADS>(&args, &shape, &plan, side);
     }
     decode_wait<C>(w);
     empty_rows<C::D>(&args, &shape, &plan);

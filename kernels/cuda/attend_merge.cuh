@@ -132,7 +132,7 @@ __device__ __forceinline__ struct cta_range segment_ctas(const struct attend_pla
     return {share_of(&plan->share, s->begin), share_of(&plan->share, s->end - 1)};
 }
 
-/* Counter of the slices of a head's correction whose logits are there. */
+/* Counter of the slices whose logits are there, of the task of the correction that begins with a head. */
 __device__ __forceinline__ int *side_ready(const struct attend_args *args, const struct attend_shape *shape, int row, int head) {
     return shape->arrived + ((int64_t)args->n_rows + row) * args->n_heads + head;
 }

@@ -48,7 +48,8 @@ struct attend_plan {
 
 /* The correction's part in the launch (attend_correct.cuh). */
 struct attend_side {
-    int n_slices;     /* of a head's work; 0: no correction here */
+    int heads;        /* of a task: 1 or 4 */
+    int n_slices;     /* of a task; 0: no correction here */
     int n_warps;      /* of a CTA, the last ones, that take part */
     int n_tiles;      /* that a part is worth: as many fewer of these come to its warp */
     float *logits;    /* [n_rows][n_heads][features] */
@@ -65,7 +66,7 @@ struct attend_shape {
     struct attend_side side;
     float *team_pieces;                 /* [CTA][team][group][piece_floats]: Y, m (of base 2), l of a team's first segment */
     float *pieces;                      /* [CTAs + segments - 1][group][piece_floats] of a CTA: see cta_piece */
-    int *arrived;                       /* [2][n_rows][n_heads]: parts of a head, slices of its logits; 0 between launches */
+    int *arrived;                       /* [2][n_rows][n_heads]: parts of a head, slices of the logits of the task that begins with it; 0 between launches */
     float *out;                         /* [n_rows][n_heads * d]: one rank's output instead of records; or NULL */
 };
 
