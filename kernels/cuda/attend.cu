@@ -73,17 +73,20 @@ static struct attend_side choose_side(const struct cuda_launch *launch, const st
     return side;
 }
 
+static int shared_of(const struct cuda_launch *launch) {
+    return launch->architecture == 80 ? SHARED_80 : launch->architecture == 90 || launch->architecture == 100 ? SHARED_90 : SHARED_86;
+}
+
 /* Warps and stages from what a tile takes: as many warps as have two stages each, or, of large records, one; then more stages. */
 static struct attend_shape choose_shape(const struct cuda_launch *launch, const struct attend_args *args, int max_warps) {
     const struct page_format *format = &args->layer.format;
     int group = args->n_heads / args->layout.n_kv_heads;
     int slice = 2 * ATTEND_SLICE * decode_row_stride(args->layout.head_dim);
     bool sliced = format->k_bits == 16 && format->v_bits == 16;
-    int shared = launch->architecture == 80 ? SHARED_80 : launch->architecture == 90 || launch->architecture == 100 ? SHARED_90 : SHARED_86;
     int fixed = (int)sizeof(struct attend_plan) + DECODE_MAX_WARPS * DECODE_MAX_STAGES * (int)sizeof(uint64_t) + 2 * STAGE_ALIGN;
     struct attend_shape shape = {0};
     shape.stage_bytes = (int)round_up(max_i64(slice, sliced ? 0 : page_record_size(format)), STAGE_ALIGN);
-    int n_stages = (shared - fixed) / shape.stage_bytes;
+    int n_stages = (shared_of(launch) - fixed) / shape.stage_bytes;
     shape.n_passes = (int)ceil_div(group, TILE_COLUMNS);
     shape.n_warps = (int)min_i64(max_warps, n_stages >= 4 ? n_stages / 2 : n_stages) / shape.n_passes * shape.n_passes;
     shape.n_stages = shape.n_warps ? (int)min_i64(DECODE_MAX_STAGES, n_stages / shape.n_warps) : 0;
@@ -93,13 +96,14 @@ static struct attend_shape choose_shape(const struct cuda_launch *launch, const 
 }
 
 /* Where pieces and logits lie in the scratch. An attention may begin while another one in front of it ends, so they take turns in its
- * halves; the second next begins when the first has ended, because one of its blocks takes the place of one of the next that has waited for
- * that. */
+ * halves; the second next begins when the first has ended, because a multiprocessor holds one block, and one of its blocks takes the place of
+ * one of the next that has waited for that. */
 static int place_scratch(const struct cuda_launch *launch, const struct attend_args *args, struct attend_shape *shape) {
     int64_t group = args->n_heads / args->layout.n_kv_heads, n_segments = (int64_t)args->n_rows * args->layout.n_kv_heads;
     int64_t piece = group * piece_floats(args->layout.head_dim), n_ctas = launch->n_sms;
     int64_t teams = n_ctas * shape->n_teams * piece, pieces = (n_ctas + n_segments) * piece;
-    int64_t floats = teams + pieces + (shape->side.n_slices ? n_segments * group * SIDE_FEATURES : 0);
+    int64_t logits = shape->side.n_slices ? n_segments * group * SIDE_FEATURES : 0, sums = shape->side.n_slices ? n_segments * piece : 0;
+    int64_t floats = teams + pieces + logits + sums;
     int64_t n_counters = 2 * n_segments * group;
     if (floats * (int64_t)sizeof(float) > (int64_t)CUDA_SCRATCH_BYTES / 2 || n_counters > CUDA_COUNTERS / 2)
         FAIL(STATUS_USAGE, "attend: %d rows of %d heads want %lld bytes of scratch and %lld counters, there are %lld and %d", args->n_rows,
@@ -107,6 +111,7 @@ static int place_scratch(const struct cuda_launch *launch, const struct attend_a
     shape->team_pieces = (float *)((uint8_t *)launch->scratch + launch->turn * (CUDA_SCRATCH_BYTES / 2));
     shape->pieces = shape->team_pieces + teams;
     shape->side.logits = shape->pieces + pieces;
+    shape->side.sums = shape->side.logits + logits;
     shape->arrived = launch->counters + launch->turn * (CUDA_COUNTERS / 2);
     return STATUS_OK;
 }
@@ -152,6 +157,8 @@ static int launch_decode(const struct cuda_launch *launch, const struct attend_a
     shape.out = out;
     TRY(place_scratch(launch, args, &shape));
     int dynamic = shape.n_warps * shape.n_stages * shape.stage_bytes;
+    if (2 * (dynamic + (int)sizeof(struct attend_plan)) <= shared_of(launch)) /* two blocks on one multiprocessor: place_scratch's rule */
+        shape.early = shape.early_window = false;
     if (cudaFuncSetAttribute(choice.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, dynamic) != cudaSuccess)
         FAIL(STATUS_FAILED, "CUDA: attend: %d bytes of shared memory: %s", dynamic, cudaGetErrorString(cudaGetLastError()));
     (void)launch_early(launch, choice.kernel, dim3((unsigned)launch->n_sms), (unsigned)(shape.n_warps * WARP), (size_t)dynamic, *args, shape,

@@ -181,7 +181,7 @@ template <int N, int APART, int SIZE> __device__ __forceinline__ void lanes_scat
 
 /* Eight channels of C_n of each head. states, c_n: at the first of the channels. */
 template <int D, int HEADS>
-__device__ __forceinline__ void side_states_step(const float *states, const float (&phi)[HEADS][SIDE_LANE_FEATURES], float *c_n, int64_t stride,
+__device__ __forceinline__ void side_states_step(const float *states, const float (&phi)[HEADS][SIDE_LANE_FEATURES], float *c_n,
                                                  int n_heads) {
     constexpr int NUMBERS = HEADS * SIDE_STEP_CHANNELS, LANES = WARP / NUMBERS;
     constexpr int AT_ONCE = HEADS == 1 ? SIDE_LANE_FEATURES : SIDE_LANE_FEATURES / 2; /* rows in registers */
@@ -206,7 +206,7 @@ __device__ __forceinline__ void side_states_step(const float *states, const floa
     lanes_scatter<NUMBERS, WARP / 2>(sum);
     const int number = lane / LANES;
     if (lane % LANES == 0 && number / SIDE_STEP_CHANNELS < n_heads)
-        c_n[number / SIDE_STEP_CHANNELS * stride + number % SIDE_STEP_CHANNELS] = sum[0];
+        c_n[number / SIDE_STEP_CHANNELS * piece_floats(D) + number % SIDE_STEP_CHANNELS] = sum[0];
 }
 
 /* The slice of C_n, and with slice 0 C_d. */
@@ -214,14 +214,14 @@ template <int D, int HEADS>
 __device__ __forceinline__ void side_states_heads(const struct attend_args *args, const struct attend_shape *shape, const float *states,
                                                   const struct side_item *item) {
     const int lane = (int)threadIdx.x % WARP, width = D / shape->side.n_slices;
-    float *records = attend_record(args, item->row, item->head);
+    float *sums = side_sums<D>(args, shape, item->row, item->head);
     float phi[HEADS][SIDE_LANE_FEATURES];
 #pragma unroll
     for (int h = 0; h < HEADS; h++)
         side_phi(side_logits_of(args, shape, item) + min(h, item->n_heads - 1) * SIDE_FEATURES, phi[h]);
 #pragma unroll 1
     for (int c = item->slice * width; c < (item->slice + 1) * width; c += SIDE_STEP_CHANNELS)
-        side_states_step<D, HEADS>(states + c, phi, records + D + c, args->stride, item->n_heads);
+        side_states_step<D, HEADS>(states + c, phi, sums + c, item->n_heads);
     if (item->slice > 0)
         return;
     const float *p = states + SIDE_FEATURES * D + 4 * lane;
@@ -231,7 +231,7 @@ __device__ __forceinline__ void side_states_heads(const struct attend_args *args
         const float *x = phi[h];
         const float c_d = warp_sum(x[0] * a.x + x[1] * a.y + x[2] * a.z + x[3] * a.w + x[4] * b.x + x[5] * b.y + x[6] * b.z + x[7] * b.w);
         if (lane == 0 && h < item->n_heads)
-            records[(int64_t)h * args->stride + partial_tail(D, true) + 2] = c_d;
+            sums[h * piece_floats(D) + D] = c_d;
     }
 }
 
@@ -242,7 +242,6 @@ __device__ __noinline__ void side_states(const struct attend_args *args, const s
     const struct side_items items = side_items_of(args, shape, side);
     const int group = args->n_heads / args->layout.n_kv_heads;
     struct side_item item;
-    wait_for_earlier(); /* the records may still be read */
 #pragma unroll 1
     for (int index = items.first; index < items.n; index += items.step) {
         if (!side_item_at(args, shape, plan, index, &item))

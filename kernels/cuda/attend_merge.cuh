@@ -85,29 +85,42 @@ template <int D, int AT_ONCE> __device__ __forceinline__ void head_join(const st
 
 /* ---- the end ---------------------------------------------------------------------------------------------------------- */
 
-/* Y, m, l of a whole segment to the record, or with the correction, which is in the record, to the output. */
+/* C_n of a head, C_d behind it. */
+template <int D> __device__ __forceinline__ float *side_sums(const struct attend_args *args, const struct attend_shape *shape, int row, int head) {
+    return shape->side.sums + ((int64_t)row * args->n_heads + head) * piece_floats(D);
+}
+
+/* Y, m, l of a whole segment, and what the side found, to the record; or all together, with what another kernel may have left in the record, to
+ * the output. */
 template <int D>
 __device__ __forceinline__ void head_finish(const struct attend_args *args, const struct attend_shape *shape, int row, int head,
                                             const struct head_sums<D> &sums) {
     const int lane = (int)threadIdx.x % WARP;
     float *record = attend_record(args, row, head);
-    const bool correction = args->stride > partial_stride(D, false);
+    float c_n[D / WARP] = {}, c_d = 0.0f;
+    if (shape->side.n_slices) {
+        const float *c = side_sums<D>(args, shape, row, head);
+        head_load<D>(c, lane, c_n);
+        c_d = c[D];
+    } else if (shape->out && args->stride > partial_stride(D, false)) {
+        head_load<D>(record + D, lane, c_n);
+        c_d = record[partial_tail(D, true) + 2];
+    }
     if (!shape->out) {
         head_store<D>(record, lane, sums.y);
+        if (shape->side.n_slices)
+            head_store<D>(record + D, lane, c_n);
         if (lane == 0)
             attend_finish_record(args, record, sums.m * LN_2, sums.l);
+        if (lane == 0 && shape->side.n_slices)
+            record[partial_tail(D, true) + 2] = c_d;
         return;
     }
-    float y[D / WARP] = {}, l = sums.l;
-    if (correction) {
-        head_load<D>(record + D, lane, y);
-        l += record[partial_tail(D, true) + 2];
-    }
-    const float part = l > 0.0f ? 1.0f / l : 0.0f;
+    const float l = sums.l + c_d, part = l > 0.0f ? 1.0f / l : 0.0f;
 #pragma unroll
     for (int c = 0; c < D / WARP; c++)
-        y[c] = (y[c] + sums.y[c]) * part;
-    head_store<D>(shape->out + ((int64_t)row * args->n_heads + head) * D, lane, y);
+        c_n[c] = (c_n[c] + sums.y[c]) * part;
+    head_store<D>(shape->out + ((int64_t)row * args->n_heads + head) * D, lane, c_n);
 }
 
 /* Counts an arrival at n <= 32 counters in a row, once all that this warp wrote can be seen by the others. A bit for each counter at which it

@@ -53,6 +53,7 @@ struct attend_side {
     int n_warps;      /* of a CTA, the last ones, that take part */
     int n_tiles;      /* that a part is worth: as many fewer of these come to its warp */
     float *logits;    /* [n_rows][n_heads][features] */
+    float *sums;      /* [n_rows][n_heads][piece_floats]: C_n, C_d */
 };
 
 /* Numbers chosen by the launcher. */
