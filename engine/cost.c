@@ -6,7 +6,7 @@
 enum {
     CHUNK_ROWS = KV_BLOCK,         /* prompt tokens in one step: engine_open.c's */
     WINDOW_UNIT = 2 << 20,         /* what comm_nccl rounds its windows to */
-    SCRATCH_BYTES = 2 * (96 << 20), /* CUDA_SCRATCH_BYTES for each of the engine's two streams */
+    SCRATCH_BYTES = 2 * ((96 << 20) + (4 << 17)), /* CUDA_SCRATCH_BYTES and CUDA_COUNTERS for each of the engine's two streams */
     ELEMENT = 2,                   /* bytes of a weight */
 };
 

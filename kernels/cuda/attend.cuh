@@ -108,7 +108,7 @@ __device__ static inline float *attend_record(const struct attend_args *args, in
     return args->partial + ((int64_t)row * args->n_heads + head) * args->stride;
 }
 
-/* The record's scalars, m in natural logarithm; C_d and C_n belong to cuda_correct where there is a correction. */
+/* The record's scalars, m in natural logarithm; where there is a correction C_d and C_n come from elsewhere. */
 __device__ static inline void attend_finish_record(const struct attend_args *args, float *record, float max, float sum) {
     bool correction = args->stride > partial_stride(args->layout.head_dim, false);
     float *tail = record + partial_tail(args->layout.head_dim, correction);
