@@ -338,10 +338,18 @@ def measure(model, batch, n, options):
                   "note": f"{pieces.kind} pieces" + (f"; {others}" if others else "")}
 
 
+def cudnn_version():
+    """PyTorch refuses a cuDNN that it finds in LD_LIBRARY_PATH and was not built for."""
+    try:
+        return f"cuDNN {torch.backends.cudnn.version()}"
+    except RuntimeError as error:
+        return "no cuDNN (" + str(error).split(". ")[0] + ")"
+
+
 def machine_row(options):
     words = [f"torch {torch.__version__}"]
     if options.device == "cuda":
-        words += [torch.cuda.get_device_name(), f"CUDA {torch.version.cuda}", f"cuDNN {torch.backends.cudnn.version()}"]
+        words += [torch.cuda.get_device_name(), f"CUDA {torch.version.cuda}", cudnn_version()]
     return {"section": "machine", "item": "pytorch", "note": ", ".join(words)}
 
 
