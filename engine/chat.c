@@ -1,5 +1,5 @@
-/* The known templates: each row is a template's exact text and the function that renders the same in C. A template that
- * differs by one character may mean something else, so nothing but white space at its end is forgiven. */
+/* The known templates: each row is a template's exact text and what it has of its own; one function renders the same in C. A template
+ * that differs by one character may mean something else, so nothing but white space at its end is forgiven. */
 #include "engine/chat.h"
 
 #include <stdio.h>
@@ -16,7 +16,7 @@ struct chat_text {
 struct chat_template {
     const char *name;
     const char *jinja;
-    void (*render)(const struct chat_message *messages, int n, bool add_generation_prompt, struct chat_text *out);
+    const char *system; /* the message put first where the chat has none */
 };
 
 static void chat_add(struct chat_text *out, const char *text) {
@@ -26,10 +26,14 @@ static void chat_add(struct chat_text *out, const char *text) {
     out->bytes += bytes;
 }
 
-static void chat_render_smollm2(const struct chat_message *messages, int n, bool add_generation_prompt,
-                                struct chat_text *out) {
-    if (strcmp(messages[0].role, "system") != 0)
-        chat_add(out, "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n");
+/* ChatML: what the known templates say of these roles. A chat without a system message first gets the template's. */
+static void chat_render_ml(const struct chat_template *chat, const struct chat_message *messages, int n, bool add_generation_prompt,
+                           struct chat_text *out) {
+    if (strcmp(messages[0].role, "system") != 0) {
+        chat_add(out, "<|im_start|>system\n");
+        chat_add(out, chat->system);
+        chat_add(out, "<|im_end|>\n");
+    }
     for (int i = 0; i < n; i++) {
         chat_add(out, "<|im_start|>");
         chat_add(out, messages[i].role);
@@ -41,6 +45,69 @@ static void chat_render_smollm2(const struct chat_message *messages, int n, bool
         chat_add(out, "<|im_start|>assistant\n");
 }
 
+/* Qwen2.5's template, whose example of a tool call stands in one or in two braces. What it says of tools does not concern the roles
+ * that chat_render takes. */
+#define CHAT_QWEN(open, close) \
+    "{%- if tools %}\n" \
+    "    {{- '<|im_start|>system\\n' }}\n" \
+    "    {%- if messages[0]['role'] == 'system' %}\n" \
+    "        {{- messages[0]['content'] }}\n" \
+    "    {%- else %}\n" \
+    "        {{- 'You are Qwen, created by Alibaba Cloud. You are a helpful assistant.' }}\n" \
+    "    {%- endif %}\n" \
+    "    {{- \"\\n\\n# Tools\\n\\nYou may call one or more functions to assist with the user query.\\n\\nYou are provided with " \
+    "function signatures within <tools></tools> XML tags:\\n<tools>\" }}\n" \
+    "    {%- for tool in tools %}\n" \
+    "        {{- \"\\n\" }}\n" \
+    "        {{- tool | tojson }}\n" \
+    "    {%- endfor %}\n" \
+    "    {{- \"\\n</tools>\\n\\nFor each function call, return a json object with function name and arguments " \
+    "within <tool_call></tool_call> XML tags:\\n<tool_call>\\n" open "\\\"name\\\": <function-name>, \\\"arguments\\\": " \
+    "<args-json-object>" close "\\n</tool_call><|im_end|>\\n\" }}\n" \
+    "{%- else %}\n" \
+    "    {%- if messages[0]['role'] == 'system' %}\n" \
+    "        {{- '<|im_start|>system\\n' + messages[0]['content'] + '<|im_end|>\\n' }}\n" \
+    "    {%- else %}\n" \
+    "        {{- '<|im_start|>system\\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant.<|im_end|>\\n' }}\n" \
+    "    {%- endif %}\n" \
+    "{%- endif %}\n" \
+    "{%- for message in messages %}\n" \
+    "    {%- if (message.role == \"user\") or (message.role == \"system\" and not loop.first) or (message.role == \"assistant\" " \
+    "and not message.tool_calls) %}\n" \
+    "        {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>' + '\\n' }}\n" \
+    "    {%- elif message.role == \"assistant\" %}\n" \
+    "        {{- '<|im_start|>' + message.role }}\n" \
+    "        {%- if message.content %}\n" \
+    "            {{- '\\n' + message.content }}\n" \
+    "        {%- endif %}\n" \
+    "        {%- for tool_call in message.tool_calls %}\n" \
+    "            {%- if tool_call.function is defined %}\n" \
+    "                {%- set tool_call = tool_call.function %}\n" \
+    "            {%- endif %}\n" \
+    "            {{- '\\n<tool_call>\\n{\"name\": \"' }}\n" \
+    "            {{- tool_call.name }}\n" \
+    "            {{- '\", \"arguments\": ' }}\n" \
+    "            {{- tool_call.arguments | tojson }}\n" \
+    "            {{- '}\\n</tool_call>' }}\n" \
+    "        {%- endfor %}\n" \
+    "        {{- '<|im_end|>\\n' }}\n" \
+    "    {%- elif message.role == \"tool\" %}\n" \
+    "        {%- if (loop.index0 == 0) or (messages[loop.index0 - 1].role != \"tool\") %}\n" \
+    "            {{- '<|im_start|>user' }}\n" \
+    "        {%- endif %}\n" \
+    "        {{- '\\n<tool_response>\\n' }}\n" \
+    "        {{- message.content }}\n" \
+    "        {{- '\\n</tool_response>' }}\n" \
+    "        {%- if loop.last or (messages[loop.index0 + 1].role != \"tool\") %}\n" \
+    "            {{- '<|im_end|>\\n' }}\n" \
+    "        {%- endif %}\n" \
+    "    {%- endif %}\n" \
+    "{%- endfor %}\n" \
+    "{%- if add_generation_prompt %}\n" \
+    "    {{- '<|im_start|>assistant\\n' }}\n" \
+    "{%- endif %}\n"
+#define CHAT_QWEN_SYSTEM "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
+
 static const struct chat_template chat_table[] = {
     {
         "smollm2",
@@ -50,8 +117,10 @@ static const struct chat_template chat_table[] = {
         "' + message['content'] + '<|im_end|>' + '\n"
         "'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n"
         "' }}{% endif %}",
-        chat_render_smollm2,
+        "You are a helpful AI assistant named SmolLM, trained by Hugging Face",
     },
+    {"qwen2.5", CHAT_QWEN("{", "}"), CHAT_QWEN_SYSTEM},
+    {"qwen2.5-coder", CHAT_QWEN("{{", "}}"), CHAT_QWEN_SYSTEM},
 };
 
 enum { CHAT_N_TEMPLATES = sizeof chat_table / sizeof chat_table[0] };
@@ -97,10 +166,10 @@ int chat_render(const struct chat_template *chat, const struct chat_message *mes
             FAIL(STATUS_INPUT, "message %d: role '%.40s' is not known (known: system, user, assistant)", i, messages[i].role);
     }
     struct chat_text out = {0};
-    chat->render(messages, n, add_generation_prompt, &out);
+    chat_render_ml(chat, messages, n, add_generation_prompt, &out);
     TRY(base_alloc(&out.data, out.bytes + 1, 1));
     out.bytes = 0;
-    chat->render(messages, n, add_generation_prompt, &out);
+    chat_render_ml(chat, messages, n, add_generation_prompt, &out);
     *text = out.data;
     return 0;
 }

@@ -17,10 +17,11 @@ enum {
 static const struct {
     const char *name;
     const char *class_name;
-    bool qk_norm;
+    bool qkv_bias, qk_norm;
 } archs[] = {
-    [MODEL_ARCH_LLAMA] = {"llama", "LlamaForCausalLM", false},
-    [MODEL_ARCH_QWEN3] = {"qwen3", "Qwen3ForCausalLM", true},
+    [MODEL_ARCH_LLAMA] = {"llama", "LlamaForCausalLM", false, false},
+    [MODEL_ARCH_QWEN2] = {"qwen2", "Qwen2ForCausalLM", true, false},
+    [MODEL_ARCH_QWEN3] = {"qwen3", "Qwen3ForCausalLM", false, true},
 };
 enum { N_ARCHS = sizeof archs / sizeof *archs };
 
@@ -33,6 +34,7 @@ int model_config_set_arch(const char *name, struct model_config *config) {
     for (int i = 0; i < N_ARCHS; i++) {
         if (strcmp(archs[i].name, name) == 0) {
             config->arch = (enum model_arch)i;
+            config->qkv_bias |= archs[i].qkv_bias; /* a shape file may ask for them too, before or after */
             config->qk_norm = archs[i].qk_norm;
             return STATUS_OK;
         }

@@ -99,7 +99,7 @@ static int refuse_other_layers(const json_t *root) {
     return STATUS_OK;
 }
 
-/* Fields that transformers' Llama and Qwen3 know and this program does not. */
+/* Fields that transformers' Llama, Qwen2 and Qwen3 know and this program does not. */
 static int refuse_unsupported(const json_t *root) {
     static const char *const refused[] = {"attention_bias", "mlp_bias", "use_sliding_window"};
     for (int i = 0; i < 3; i++) {

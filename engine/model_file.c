@@ -14,7 +14,7 @@ enum size { SIZE_NONE, SIZE_VOCAB, SIZE_HIDDEN, SIZE_INTERMEDIATE, SIZE_QUERY, S
 struct role {
     const char *name;
     const char *gguf_name;
-    enum size rows, columns; /* columns SIZE_NONE: a vector of `rows` values, which is a norm's weight */
+    enum size rows, columns; /* columns SIZE_NONE: a vector of `rows` values: a norm's weight or a bias */
     bool permuted;           /* in GGUF */
 };
 
@@ -27,6 +27,21 @@ static const struct role llama_layer[] = {
     {"self_attn.q_proj.weight", "attn_q.weight", SIZE_QUERY, SIZE_HIDDEN, true},
     {"self_attn.k_proj.weight", "attn_k.weight", SIZE_KEY, SIZE_HIDDEN, true},
     {"self_attn.v_proj.weight", "attn_v.weight", SIZE_KEY, SIZE_HIDDEN, false},
+    {"self_attn.o_proj.weight", "attn_output.weight", SIZE_HIDDEN, SIZE_QUERY, false},
+    {"post_attention_layernorm.weight", "ffn_norm.weight", SIZE_HIDDEN, SIZE_NONE, false},
+    {"mlp.gate_proj.weight", "ffn_gate.weight", SIZE_INTERMEDIATE, SIZE_HIDDEN, false},
+    {"mlp.up_proj.weight", "ffn_up.weight", SIZE_INTERMEDIATE, SIZE_HIDDEN, false},
+    {"mlp.down_proj.weight", "ffn_down.weight", SIZE_HIDDEN, SIZE_INTERMEDIATE, false},
+};
+
+static const struct role qwen2_layer[] = {
+    {"input_layernorm.weight", "attn_norm.weight", SIZE_HIDDEN, SIZE_NONE, false},
+    {"self_attn.q_proj.weight", "attn_q.weight", SIZE_QUERY, SIZE_HIDDEN, false},
+    {"self_attn.q_proj.bias", "attn_q.bias", SIZE_QUERY, SIZE_NONE, false},
+    {"self_attn.k_proj.weight", "attn_k.weight", SIZE_KEY, SIZE_HIDDEN, false},
+    {"self_attn.k_proj.bias", "attn_k.bias", SIZE_KEY, SIZE_NONE, false},
+    {"self_attn.v_proj.weight", "attn_v.weight", SIZE_KEY, SIZE_HIDDEN, false},
+    {"self_attn.v_proj.bias", "attn_v.bias", SIZE_KEY, SIZE_NONE, false},
     {"self_attn.o_proj.weight", "attn_output.weight", SIZE_HIDDEN, SIZE_QUERY, false},
     {"post_attention_layernorm.weight", "ffn_norm.weight", SIZE_HIDDEN, SIZE_NONE, false},
     {"mlp.gate_proj.weight", "ffn_gate.weight", SIZE_INTERMEDIATE, SIZE_HIDDEN, false},
@@ -54,6 +69,7 @@ static const struct {
     int n_roles;
 } layers[] = {
     [MODEL_ARCH_LLAMA] = {llama_layer, sizeof llama_layer / sizeof *llama_layer},
+    [MODEL_ARCH_QWEN2] = {qwen2_layer, sizeof qwen2_layer / sizeof *qwen2_layer},
     [MODEL_ARCH_QWEN3] = {qwen3_layer, sizeof qwen3_layer / sizeof *qwen3_layer},
 };
 
@@ -104,8 +120,8 @@ const struct file_tensor *model_parts_find(const struct model_file *file, const 
     return NULL;
 }
 
-/* Norms are read as plain numbers; matrices may be in block formats too. */
-static bool dtype_fits(int dtype, bool norm) {
+/* Vectors are read as plain numbers; matrices may be in block formats too. */
+static bool dtype_fits(int dtype, bool vector) {
     switch (dtype) {
     case DTYPE_F32:
     case DTYPE_F16:
@@ -114,7 +130,12 @@ static bool dtype_fits(int dtype, bool norm) {
     case DTYPE_Q4_0:
     case DTYPE_Q4_1:
     case DTYPE_Q8_0:
-        return !norm;
+    case DTYPE_Q5_0:
+    case DTYPE_Q5_1:
+    case DTYPE_Q4_K:
+    case DTYPE_Q5_K:
+    case DTYPE_Q6_K:
+        return !vector;
     default:
         return false;
     }
@@ -125,9 +146,9 @@ static int bind_found(struct model_file *file, const struct role *role, char *na
                       const struct file_tensor *found) {
     struct model_tensor *tensor = &file->tensors[file->n_tensors++];
     *tensor = (struct model_tensor){.name = name, .n_dims = role->columns == SIZE_NONE ? 1 : 2, .data = found->data};
-    bool norm = tensor->n_dims == 1;
+    bool vector = tensor->n_dims == 1;
     tensor->shape[0] = size_of(&file->config, role->rows);
-    tensor->shape[1] = norm ? 0 : size_of(&file->config, role->columns);
+    tensor->shape[1] = vector ? 0 : size_of(&file->config, role->columns);
     bool same = found->n_dims == tensor->n_dims;
     for (int i = 0; same && i < tensor->n_dims; i++)
         same = found->shape[i] == tensor->shape[i];
@@ -136,9 +157,9 @@ static int bind_found(struct model_file *file, const struct role *role, char *na
         FAIL(STATUS_INPUT, "%s: tensor %s: shape %s, the configuration wants %s", source->path, found->name,
              file_tensor_shape_text(found->shape, found->n_dims, got),
              file_tensor_shape_text(tensor->shape, tensor->n_dims, wanted));
-    if (!dtype_fits(found->dtype, norm))
+    if (!dtype_fits(found->dtype, vector))
         FAIL(STATUS_INPUT, "%s: tensor %s: type %s is not supported, expected F32, F16%s", source->path, found->name,
-             found->type, norm ? " or BF16" : ", BF16, or in GGUF Q8_0, Q4_0, Q4_1");
+             found->type, vector ? " or BF16" : ", BF16, or in GGUF Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, Q4_K, Q5_K, Q6_K");
     tensor->dtype = (enum dtype)found->dtype;
     tensor->permuted = role->permuted && file->gguf;
     source->used[found - source->tensors] = true;

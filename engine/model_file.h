@@ -11,7 +11,7 @@
 
 enum { MODEL_MAX_DIMS = 4, MODEL_MAX_STOP_IDS = 16, MODEL_MAX_HEAD_DIM = 128 };
 
-enum model_arch { MODEL_ARCH_LLAMA, MODEL_ARCH_QWEN3 }; /* others follow: a new value, a row in model_config.c's table */
+enum model_arch { MODEL_ARCH_LLAMA, MODEL_ARCH_QWEN2, MODEL_ARCH_QWEN3 }; /* others follow: a new value, a row in model_config.c's table */
 
 enum rope_kind { ROPE_DEFAULT, ROPE_LLAMA3, ROPE_LINEAR, ROPE_DIVISORS };
 
@@ -27,7 +27,7 @@ struct model_config {
     int context;      /* longest position the model was made for */
     float rms_eps;
     bool tied;        /* LM head = embedding */
-    bool qkv_bias;    /* place for Qwen2 */
+    bool qkv_bias;    /* vectors added to q, k and v before RoPE (Qwen2) */
     bool qk_norm;     /* RMSNorm of each head of q and k before RoPE (Qwen3) */
     enum rope_kind rope;
     double rope_theta;

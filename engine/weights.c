@@ -126,7 +126,7 @@ static int load_part(const struct loader *l, const struct part *p, void *to) {
         last = round_up(last, p->rotate_columns);
     }
     int64_t width = last - first, group = p->rotate_rows ? p->rotate_rows : 1;
-    int64_t capacity = STAGE_BYTES / (int64_t)sizeof(float) / (width + 2 * 32) / group * group;
+    int64_t capacity = STAGE_BYTES / (int64_t)sizeof(float) / (width + 2 * DTYPE_MOST_BLOCK) / group * group;
     if (capacity < group)
         FAIL(STATUS_INPUT, "%s: rows of %s are too long: %lld values", model_file_path(l->file), p->tensor->name, (long long)width);
     float *scratch = l->wide + capacity * width;

@@ -18,12 +18,19 @@ enum dtype {
     DTYPE_Q4_0, /* GGUF: 32 values, fp16 scale d, 16 bytes of nibbles: (q - 8) d */
     DTYPE_Q4_1, /* GGUF: 32 values, fp16 d and m, 16 bytes: q d + m */
     DTYPE_Q8_0, /* GGUF: 32 values, fp16 d, 32 signed bytes: q d */
+    DTYPE_Q5_0, /* GGUF: 32 values, fp16 d, 32 high bits, 16 bytes of nibbles: (q - 16) d */
+    DTYPE_Q5_1, /* GGUF: 32 values, fp16 d and m, 32 high bits, 16 bytes of nibbles: q d + m */
+    DTYPE_Q4_K, /* GGUF: 256 values, fp16 d and m, 8 pairs (s, t) of 6 bits, 128 bytes of nibbles: q d s - m t */
+    DTYPE_Q5_K, /* GGUF: as Q4_K, with 256 high bits before the nibbles */
+    DTYPE_Q6_K, /* GGUF: 256 values, 128 bytes of nibbles, 64 of high bit pairs, 16 signed bytes s, fp16 d: (q - 32) d s */
     DTYPE_COUNT,
 };
 
 const char *dtype_name(enum dtype dtype);
 
-/* Values of one block: 1 for plain types, 32 for the block formats above. */
+enum { DTYPE_MOST_BLOCK = 256 }; /* values of the longest block */
+
+/* Values of one block: 1 for plain types, 32 or 256 for the block formats above. */
 int dtype_block(enum dtype dtype);
 
 /* Bytes of `n` values, n a multiple of dtype_block. */

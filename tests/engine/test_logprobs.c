@@ -1,5 +1,6 @@
-/* The real model against transformers (golden/logprobs.py): log-probabilities of prompts of 1 to 4000 tokens and greedy continuations,
- * in float32 with both ways of prefill, then with 16-bit weights and cache. One rank. */
+/* A real model against transformers (golden/logprobs.py): log-probabilities of prompts of 1 to 4000 tokens and greedy continuations, in
+ * float32 with both ways of prefill, then with 16-bit weights and cache. One rank. KVLINC_TEST_MODEL names SmolLM2-135M or
+ * Qwen2.5-Coder-0.5B. */
 #include "launch/environment.h"
 #include "device.h"
 #include "logprob_check.h"
@@ -24,6 +25,14 @@ static struct engine *open_engine(struct comm *world, const struct place *place,
     return engine;
 }
 
+static const char *find_golden(const char *path) {
+    struct model_file *file;
+    REQUIRE(model_file_open(path, &file));
+    bool qwen2 = model_file_config(file)->arch == MODEL_ARCH_QWEN2;
+    model_file_close(file);
+    return qwen2 ? TEST_FILE("golden/logprobs_qwen2.json") : TEST_FILE("golden/logprobs.json");
+}
+
 int main(int argc, char **argv) { /* DEVICE */
     const char *device = argc > 1 ? argv[1] : "cpu";
     const char *path = getenv("KVLINC_TEST_MODEL");
@@ -35,7 +44,7 @@ int main(int argc, char **argv) { /* DEVICE */
     REQUIRE(comm_start("self", 60, &argc, &argv, &world));
     device_require(world, device);
     REQUIRE(place_bind(world, &place));
-    json_t *root = logprob_load(TEST_FILE("golden/logprobs.json"));
+    json_t *root = logprob_load(find_golden(path));
     struct logprob_golden golden = logprob_golden_read(root, json_object_get(root, "prompts"));
 
     struct engine *engine;

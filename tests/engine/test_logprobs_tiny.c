@@ -1,4 +1,4 @@
-/* Tiny random Llama and Qwen3 models that transformers made and saved (golden/tiny_models.py) against its log-probabilities and greedy
+/* Tiny random Llama, Qwen2 and Qwen3 models that transformers made and saved (golden/tiny_models.py) against its log-probabilities and greedy
  * continuations: head dims, groups, rope, tied heads, dtypes, sharded files and norms of heads that the real model does not have.
  * One rank. */
 #include "device.h"
@@ -40,7 +40,7 @@ int main(int argc, char **argv) { /* DEVICE */
     device_require(world, device);
     REQUIRE(place_bind(world, &place));
     json_t *root = logprob_load(TEST_FILE("golden/tiny_models.json")), *models = json_object_get(root, "models");
-    CHECK(json_array_size(models) >= 6, "%zu models", json_array_size(models));
+    CHECK(json_array_size(models) >= 7, "%zu models", json_array_size(models));
     for (size_t i = 0; i < json_array_size(models); i++) {
         json_t *row = json_array_get(models, i);
         struct logprob_golden golden = logprob_golden_read(root, json_object_get(row, "prompts"));

@@ -270,7 +270,7 @@ static void test_bad_tensors(void) {
 
 static void test_gguf_fields(void) {
     CHECK_FAILS(try_gguf(VARIANT(now.arch = "qwen9")),
-                STATUS_INPUT, "architecture qwen9 is not supported, expected one of: llama, qwen3");
+                STATUS_INPUT, "architecture qwen9 is not supported, expected one of: llama, qwen2, qwen3");
     CHECK_FAILS(try_gguf(VARIANT(now.n_heads = 3)),
                 STATUS_INPUT, "blk.0.attn_q.weight: shape [128,64], the configuration wants [192,64]");
     CHECK_FAILS(try_gguf(VARIANT(now.n_heads = 0)), STATUS_INPUT, "llama.attention.head_count: 0");
@@ -290,8 +290,8 @@ static void test_gguf_fields(void) {
 static void test_gguf_types(void) {
     static const struct {
         int type, block, bytes;
-    } good[] = {{2, 32, 18}, {3, 32, 20}, {8, 32, 34}, {1, 1, 2}, {30, 1, 2}};
-    for (int i = 0; i < 5; i++) {
+    } good[] = {{2, 32, 18}, {3, 32, 20}, {6, 32, 22}, {7, 32, 24}, {8, 32, 34}, {1, 1, 2}, {30, 1, 2}};
+    for (size_t i = 0; i < sizeof good / sizeof *good; i++) {
         now = plain;
         now.retype = 4;
         now.type = good[i].type;
@@ -299,10 +299,12 @@ static void test_gguf_types(void) {
         now.block_bytes = good[i].bytes;
         CHECK(try_gguf(&now) == STATUS_OK, "type %d: %s", now.type, base_error());
     }
-    CHECK_FAILS(try_gguf(VARIANT(now.retype = 4, now.type = 6, now.block = 32, now.block_bytes = 22)),
-                STATUS_INPUT, "blk.0.attn_v.weight: type Q5_0 is not supported");
+    CHECK_FAILS(try_gguf(VARIANT(now.retype = 4, now.type = 20, now.block = 32, now.block_bytes = 18)),
+                STATUS_INPUT, "blk.0.attn_v.weight: type IQ4_NL is not supported");
     CHECK_FAILS(try_gguf(VARIANT(now.retype = 4, now.type = 26, now.block = 1, now.block_bytes = 4)),
                 STATUS_INPUT, "type I32 is not supported");
+    CHECK_FAILS(try_gguf(VARIANT(now.retype = 1, now.type = 6, now.block = 32, now.block_bytes = 22)),
+                STATUS_INPUT, "blk.0.attn_norm.weight: type Q5_0 is not supported");
     CHECK_FAILS(try_gguf(VARIANT(now.retype = 1, now.type = 8, now.block = 32, now.block_bytes = 34)),
                 STATUS_INPUT, "blk.0.attn_norm.weight: type Q8_0 is not supported");
 }
@@ -435,7 +437,7 @@ static void test_config_fields(void) {
         {NULL, "\"rope_scaling\":{\"type\":\"linear\",\"factor\":2}", NULL},
         {"num_key_value_heads", NULL, NULL},
         {"model_type", NULL, "model_type is missing"},
-        {"model_type", "\"model_type\":\"gpt9\"", "architecture gpt9 is not supported, expected one of: llama, qwen3"},
+        {"model_type", "\"model_type\":\"gpt9\"", "architecture gpt9 is not supported, expected one of: llama, qwen2, qwen3"},
         {"vocab_size", NULL, "vocab_size is missing"},
         {"hidden_size", "\"hidden_size\":\"512\"", "hidden_size: expected an integer"},
         {"hidden_size", "\"hidden_size\":0", "hidden_size: 0, expected 1 to"},
@@ -451,6 +453,9 @@ static void test_config_fields(void) {
         {NULL, "\"use_sliding_window\":true", "use_sliding_window: true is not supported"},
         {NULL, "\"layer_types\":[\"full_attention\"]", NULL},
         {NULL, "\"layer_types\":[\"full_attention\",\"sliding_attention\"]", "layer_types: entry 1 is sliding_attention"},
+        {"model_type", "\"model_type\":\"qwen2\",\"architectures\":[\"Qwen2ForCausalLM\"],\"use_sliding_window\":false", NULL},
+        {"model_type", "\"model_type\":\"qwen2\",\"use_sliding_window\":true", "use_sliding_window: true is not supported"},
+        {"model_type", "\"model_type\":\"qwen2\",\"architectures\":[\"Qwen3ForCausalLM\"]", "expected Qwen2ForCausalLM"},
         {"model_type", "\"model_type\":\"qwen3\",\"architectures\":[\"Qwen3ForCausalLM\"]", NULL},
         {"model_type", "\"model_type\":\"qwen3\",\"architectures\":[\"LlamaForCausalLM\"]", "expected Qwen3ForCausalLM"},
         {NULL, "\"hidden_act\":\"gelu\"", "hidden_act: gelu is not supported"},
@@ -511,6 +516,39 @@ static void test_qwen3_norms(void) {
                 "tensor blk.0.attn_q_norm.weight: shape [8], the configuration wants [64]");
 }
 
+/* The same of the golden Qwen2, whose head is tied: biases of q, k and v, of the values that the folder has. */
+static void test_qwen2(void) {
+    static const char *const paths[] = {"golden/tiny/qwen2-gqa3-d64-bf16-tied", "golden/tiny/qwen2-gqa3-d64-bf16-tied/model.gguf"};
+    static const char *const parts[] = {"q", "k", "v"};
+    char path[512], name[64], hex[2][65];
+    float values[2][3][6 * 64];
+    for (int form = 0; form < 2; form++) {
+        struct model_file *file;
+        snprintf(path, sizeof path, TEST_FILE("%s"), paths[form]);
+        n_warnings = 0;
+        REQUIRE(model_file_open(path, &file));
+        const struct model_config *c = model_file_config(file);
+        CHECK(c->arch == MODEL_ARCH_QWEN2 && c->qkv_bias && !c->qk_norm && c->tied && n_warnings == 0, "%s: %d warnings", path, n_warnings);
+        CHECK(c->hidden == 28 && c->n_heads == 6 && c->n_kv_heads == 2 && c->head_dim == 64 && c->rope_theta == 1e6, "%s", path);
+        CHECK(model_file_n_tensors(file) == 2 + 2 * 12, "%s: %d tensors", path, model_file_n_tensors(file));
+        for (int i = 0; i < 3; i++) {
+            int64_t rows = (i ? 2 : 6) * 64;
+            snprintf(name, sizeof name, "model.layers.1.self_attn.%s_proj.bias", parts[i]);
+            const struct model_tensor *bias = model_file_find(file, name);
+            CHECK(bias && bias->n_dims == 1 && bias->shape[0] == rows && !bias->permuted, "%s: %s", path, name);
+            dtype_widen(bias->dtype, bias->data, values[form][i], rows);
+            CHECK(memcmp(values[0][i], values[form][i], (size_t)rows * sizeof(float)) == 0, "%s: %s", path, name);
+        }
+        CHECK(!model_file_find(file, "model.layers.0.self_attn.q_proj.weight")->permuted, "%s", path);
+        REQUIRE(model_file_fingerprint(file, hex[form]));
+        model_file_close(file);
+    }
+    CHECK(strcmp(hex[0], hex[1]) == 0, "fingerprints %s and %s", hex[0], hex[1]);
+    CHECK_FAILS(try_gguf(VARIANT(now.arch = "qwen2")), STATUS_INPUT, "tensor blk.0.attn_q.bias is missing");
+    CHECK_FAILS(try_gguf(VARIANT(now.arch = "qwen2", now.extra = "blk.0.attn_q.bias")), STATUS_INPUT,
+                "tensor blk.0.attn_q.bias: shape [8], the configuration wants [128]");
+}
+
 static void test_rows(void) {
     struct model_tensor t = {.dtype = DTYPE_F32, .n_dims = 2, .shape = {256, 8}};
     for (int64_t row = 0; row < 256; row++)
@@ -557,6 +595,7 @@ int main(void) {
     test_config_fields();
     test_qwen3();
     test_qwen3_norms();
+    test_qwen2();
     test_rows();
     test_map_file();
     test_mutations();

@@ -14,16 +14,17 @@ static const double plain_ulps = 3.0, llama3_ulps = 8.0;
 static const double divisor_ulps = 10.0;
 
 static void test_blocks(const json_t *golden) {
-    static const enum dtype dtypes[] = {DTYPE_Q8_0, DTYPE_Q4_0, DTYPE_Q4_1};
-    for (int i = 0; i < 3; i++) {
+    static const enum dtype dtypes[] = {DTYPE_Q8_0, DTYPE_Q4_0, DTYPE_Q4_1, DTYPE_Q5_0, DTYPE_Q5_1, DTYPE_Q4_K, DTYPE_Q5_K, DTYPE_Q6_K};
+    enum { N_BLOCKS = 6, MOST = N_BLOCKS * DTYPE_MOST_BLOCK };
+    for (size_t i = 0; i < sizeof dtypes / sizeof *dtypes; i++) {
         const char *name = dtype_name(dtypes[i]);
         const json_t *entry = json_object_get(json_object_get(golden, "blocks"), name);
         const char *hex = json_string_value(json_object_get(entry, "bytes"));
         const json_t *bits = json_object_get(entry, "bits");
         int64_t n = (int64_t)json_array_size(bits);
-        CHECK(hex && n == 192 && strlen(hex) == 2 * dtype_bytes(dtypes[i], n), "%s", name);
-        uint8_t raw[1024];
-        float values[192];
+        CHECK(hex && n == N_BLOCKS * dtype_block(dtypes[i]) && strlen(hex) == 2 * dtype_bytes(dtypes[i], n), "%s", name);
+        uint8_t raw[2 * MOST];
+        float values[MOST];
         for (size_t b = 0; b < strlen(hex) / 2; b++) {
             unsigned byte;
             sscanf(hex + 2 * b, "%2x", &byte);

@@ -160,10 +160,11 @@ static void check_rotation(void) {
     unload(b, s, &w);
 }
 
-/* A tiny GGUF of one layer, whose Q and K rows are permuted: row h d + 2 i + j holds Hugging Face's row h d + j d/2 + i. */
-enum { G_HIDDEN = 64, G_HEADS = 2, G_D = 64, G_INNER = 32, G_VOCAB = 8 };
+/* A tiny GGUF of one layer, whose Q and K rows are permuted: row h d + 2 i + j holds Hugging Face's row h d + j d/2 + i. The down
+ * projection is of type `down`, GGUF's number `down_type`: hashed bytes where that is a block format. */
+enum { G_HIDDEN = 64, G_HEADS = 2, G_D = 64, G_INNER = 512, G_VOCAB = 8, G_DOWN = 10 };
 
-static const char *save_gguf(void) {
+static const char *save_gguf(enum dtype down, uint32_t down_type) {
     static const struct {
         const char *name;
         uint64_t rows, columns;
@@ -193,16 +194,20 @@ static const char *save_gguf(void) {
     maker_gguf_u32(&m, "llama.attention.value_length", G_D);
     maker_gguf_f32(&m, "llama.attention.layer_norm_rms_epsilon", 1e-5f);
     for (int i = 0; i < N; i++) {
-        maker_gguf_info(&m, parts[i].name, parts[i].rows, parts[i].columns, 0, offset);
+        maker_gguf_info(&m, parts[i].name, parts[i].rows, parts[i].columns, i == G_DOWN ? down_type : 0, offset);
         offset += parts[i].rows * (parts[i].columns ? parts[i].columns : 1) * sizeof(float);
     }
     maker_align(&m, 32);
-    for (int i = 0; i < N; i++)
+    for (int i = 0; i < (down == DTYPE_F32 ? N : G_DOWN); i++)
         for (uint64_t r = 0; r < parts[i].rows; r++)
             for (uint64_t c = 0; c < (parts[i].columns ? parts[i].columns : 1); c++) {
                 float x = (float)(1000 * i) + (float)r + (float)c / 128; /* tells tensor, row and column */
                 maker_put(&m, &x, sizeof x);
             }
+    for (size_t i = 0; down != DTYPE_F32 && i < dtype_bytes(down, (int64_t)G_HIDDEN * G_INNER); i++) {
+        uint8_t byte = (uint8_t)test_hash(11, i);
+        maker_put(&m, &byte, 1);
+    }
     return maker_save(&m, "tiny.gguf");
 }
 
@@ -211,7 +216,7 @@ static void check_gguf(void) {
     struct backend *b;
     struct stream *s;
     struct weights w;
-    REQUIRE(model_file_open(save_gguf(), &file));
+    REQUIRE(model_file_open(save_gguf(DTYPE_F32, 0), &file));
     struct cache_spec spec = spec_of("f32");
     spec.n_layers = 1;
     REQUIRE(backend_open("cpu", &(struct backend_options){.n_threads = 1}, &b));
@@ -231,6 +236,47 @@ static void check_gguf(void) {
     stream_close(s);
     backend_close(b);
     model_file_close(file);
+}
+
+/* Every rank's columns of the down projection, cut at multiples of 16 inside blocks, are those of the whole row. */
+static void check_block_columns(enum dtype dtype, uint32_t type, int cp) {
+    static float row[G_INNER];
+    struct model_file *file;
+    REQUIRE(model_file_open(save_gguf(dtype, type), &file));
+    const struct model_tensor *t = model_file_find(file, "model.layers.0.mlp.down_proj.weight");
+    CHECK(t->dtype == dtype, "%s, expected %s", dtype_name(t->dtype), dtype_name(dtype));
+    int64_t n_columns = 0;
+    for (int rank = 0; rank < cp; rank++) {
+        struct backend *b;
+        struct stream *s;
+        struct weights w;
+        struct cache_spec spec = spec_of("f32");
+        spec.n_layers = 1;
+        REQUIRE(backend_open("cpu", &(struct backend_options){.n_threads = 1}, &b));
+        REQUIRE(stream_open(b, &s));
+        REQUIRE(weights_load(file, &spec, &(struct grid){1, 1, cp, 0, 0, rank}, false, "f32", b, s, &w));
+        int64_t width = range_size(w.slices.inner);
+        for (int64_t r = 0; r < G_HIDDEN; r++) {
+            dtype_widen(dtype, model_file_row(t, r), row, G_INNER);
+            CHECK(memcmp(row + w.slices.inner.begin, (const float *)w.layers[0].down.data + r * width, (size_t)width * sizeof *row) == 0,
+                  "%s: rank %d of %d, row %lld", dtype_name(dtype), rank, cp, (long long)r);
+        }
+        n_columns += width;
+        unload(b, s, &w);
+    }
+    CHECK(n_columns == G_INNER, "%s: %lld columns", dtype_name(dtype), (long long)n_columns);
+    model_file_close(file);
+}
+
+static void check_blocks(void) {
+    static const struct {
+        enum dtype dtype;
+        uint32_t type; /* in GGUF */
+    } rows[] = {{DTYPE_Q4_0, 2}, {DTYPE_Q4_1, 3},  {DTYPE_Q5_0, 6},  {DTYPE_Q5_1, 7},
+                {DTYPE_Q8_0, 8}, {DTYPE_Q4_K, 12}, {DTYPE_Q5_K, 13}, {DTYPE_Q6_K, 14}};
+    for (size_t i = 0; i < sizeof rows / sizeof *rows; i++)
+        for (int cp = 1; cp <= 5; cp += 2)
+            check_block_columns(rows[i].dtype, rows[i].type, cp);
 }
 
 /* 16-bit weights are the file's values rounded once; what does not fit 16 bits, and unknown words, are refused. */
@@ -267,6 +313,7 @@ int main(void) {
         }
     check_rotation();
     check_gguf();
+    check_blocks();
     check_types();
     for (int i = 0; i < TINY_TENSORS; i++) {
         free(values[i]);

@@ -1,4 +1,4 @@
-"""Golden chat prompts from transformers' apply_chat_template (Jinja2): chat.py MODEL.gguf > chat.json"""
+"""Golden chat prompts from transformers' apply_chat_template (Jinja2): chat.py NAME=MODEL.gguf... > chat.json, NAME as in engine/chat.c"""
 import itertools
 import json
 import sys
@@ -23,16 +23,21 @@ CHATS = [
 ]
 
 
-def main():
-    template = gguf.GGUFReader(sys.argv[1]).fields["tokenizer.chat_template"].contents()
+def render(name, path):
+    template = gguf.GGUFReader(path).fields["tokenizer.chat_template"].contents()
     tok = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE()))
     cases = []
     for chat, generate in itertools.product(CHATS, (False, True)):
         messages = [{"role": role, "content": content} for role, content in chat]
         text = tok.apply_chat_template(messages, chat_template=template, tokenize=False, add_generation_prompt=generate)
         cases.append({"messages": messages, "generate": generate, "text": text})
+    return {"name": name, "template": template, "cases": cases}
+
+
+def main():
+    templates = [render(*argument.split("=", 1)) for argument in sys.argv[1:]]
     json.dump({"made_by": "tests/golden/chat.py", "versions": {"transformers": transformers.__version__, "jinja2": jinja2.__version__},
-               "template": template, "cases": cases}, sys.stdout, indent=1)
+               "templates": templates}, sys.stdout, indent=1)
     print()
 
 

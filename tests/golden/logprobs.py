@@ -1,8 +1,9 @@
-"""Golden log-probabilities of the real model: logprobs.py MODEL.gguf > logprobs.json
+"""Golden log-probabilities of a real model: logprobs.py MODEL.gguf > logprobs.json or logprobs_qwen2.json
 
-MODEL.gguf: SmolLM2-135M-Instruct.Q4_1.gguf, dequantized and computed by transformers in float32 (scores.py). Needs torch,
-transformers, accelerate (transformers wants it to read GGUF), gguf, tokenizers. Prompts are texts of this script and of the
-standard library of the Python that runs it; the golden file holds their token ids.
+MODEL.gguf: SmolLM2-135M-Instruct.Q4_1.gguf or qwen2.5-coder-0.5b-instruct-q4_k_m.gguf, dequantized and computed by transformers in
+float32 (scores.py). Needs torch, transformers, accelerate (transformers wants it to read GGUF), gguf, tokenizers. Prompts are texts
+of this script and of the standard library of the Python that runs it; the golden file holds their token ids. Of the second model, a
+larger one, only some prompts are computed.
 """
 
 import inspect
@@ -15,7 +16,7 @@ import textwrap
 
 import gguf
 import torch
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import AutoModelForCausalLM
 
 import scores
@@ -55,14 +56,22 @@ C_CODE = textwrap.dedent("""\
     """)
 
 
-def smollm2_tokenizer(fields):
-    """SmolLM2's own settings, which transformers does not take from the GGUF file."""
+QWEN2 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+QWEN2_PROMPTS = ("chat", "scripts 127")
+
+
+def tokenizer(fields, arch):
+    """SmolLM2's or Qwen2's own settings, which transformers does not take from the GGUF file."""
     tokens, types = fields["tokenizer.ggml.tokens"].contents(), fields["tokenizer.ggml.token_type"].contents()
     merges = [tuple(m.split(" ")) for m in fields["tokenizer.ggml.merges"].contents()]
     tok = Tokenizer(models.BPE(vocab={t: i for i, t in enumerate(tokens)}, merges=merges))
     tok.add_special_tokens([AddedToken(t, special=True, normalized=False) for t, kind in zip(tokens, types) if kind == 3])
-    tok.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True),
-                                                 pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)])
+    if arch == "qwen2":
+        tok.normalizer = normalizers.NFC()
+        first = pre_tokenizers.Split(Regex(QWEN2), "isolated")
+    else:
+        first = pre_tokenizers.Digits(individual_digits=True)
+    tok.pre_tokenizer = pre_tokenizers.Sequence([first, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=arch != "qwen2")])
     tok.decoder = decoders.ByteLevel()
     return tok
 
@@ -94,10 +103,14 @@ def prompts():
 def main():
     scores.use_exact_float32()
     path = pathlib.Path(sys.argv[1]).resolve()
-    tok = smollm2_tokenizer(gguf.GGUFReader(path).fields)
+    fields = gguf.GGUFReader(path).fields
+    arch = fields["general.architecture"].contents()
+    tok = tokenizer(fields, arch)
     model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32, attn_implementation="eager").eval()
     rows = []
     for name, text, count, with_greedy in prompts():
+        if arch == "qwen2" and name not in QWEN2_PROMPTS:
+            continue
         ids = tok.encode(text, add_special_tokens=False).ids
         assert count is None or len(ids) >= count, (name, len(ids))
         rows.append(scores.prompt(model, name, ids[:count], with_greedy))

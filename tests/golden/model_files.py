@@ -47,6 +47,14 @@ def blocks():
         values = gguf.dequantize(raw, kind).astype(np.float32)
         assert values.shape == (6, block)
         out[name] = {"bytes": raw.tobytes().hex(), "bits": bits(values)}
+    for name, place, n_scales in (("Q5_0", 0, 1), ("Q5_1", 0, 2), ("Q4_K", 0, 2), ("Q5_K", 0, 2), ("Q6_K", 208, 1)):
+        kind = gguf.GGMLQuantizationType[name]
+        raw = rng.integers(0, 256, (6, gguf.GGML_QUANT_SIZES[kind][1]), dtype=np.uint8)
+        raw[3], raw[4] = 255, 0  # every field at its ends
+        scales = rng.standard_normal((6, n_scales)).astype(np.float16)
+        scales[:3, 0] = 6e-8, -0.0, 65504  # the smallest subnormal and the largest number
+        raw[:, place : place + 2 * n_scales] = scales.view(np.uint8).reshape(6, -1)
+        out[name] = {"bytes": raw.tobytes().hex(), "bits": bits(gguf.dequantize(raw, kind))}
     return out
 
 

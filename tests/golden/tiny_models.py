@@ -1,8 +1,8 @@
-"""Tiny random Llama and Qwen3 models and what transformers says of them: tiny_models.py
+"""Tiny random Llama, Qwen2 and Qwen3 models and what transformers says of them: tiny_models.py
 
 writes beside itself tiny/NAME/ (config.json, tokenizer.json and safetensors, as transformers' save_pretrained and the tokenizers
-library write them; Qwen3 as model.gguf too, written with the gguf package and its names, whose order of rows is Hugging Face's for
-this architecture) and tiny_models.json: token ids, log-probabilities and greedy continuations of each model after it was
+library write them; Qwen2 and Qwen3 as model.gguf too, written with the gguf package and its names, whose order of rows is Hugging
+Face's for these architectures) and tiny_models.json: token ids, log-probabilities and greedy continuations of each model after it was
 loaded again, in float32 (scores.py). Needs torch, transformers, safetensors, tokenizers, gguf, accelerate (transformers wants it to
 read GGUF). No download.
 """
@@ -14,7 +14,8 @@ import shutil
 import gguf
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import (AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config,
+                          Qwen3ForCausalLM)
 
 import scores
 
@@ -33,11 +34,14 @@ MODELS = {
     "gqa4-d128-f32-untied-sharded": (torch.float32, 128, 4, 1, 16, 57, 2, 309, False, LLAMA3, "100KB"),
     "gqa5-d128-bf16-tied": (torch.bfloat16, 128, 5, 1, 25, 71, 3, 341, True, DEFAULT, "5GB"),
     "qwen3-gqa2-d64-bf16-untied": (torch.bfloat16, 64, 4, 2, 20, 38, 2, 323, False, DEFAULT, "5GB"),
+    "qwen2-gqa3-d64-bf16-tied": (torch.bfloat16, 64, 6, 2, 28, 42, 2, 313, True, DEFAULT | dict(rope_theta=1e6), "5GB"),
 }
+CLASSES = {"qwen2": (Qwen2Config, Qwen2ForCausalLM), "qwen3": (Qwen3Config, Qwen3ForCausalLM)}
+GGUF_ARCHS = {"qwen2": gguf.MODEL_ARCH.QWEN2, "qwen3": gguf.MODEL_ARCH.QWEN3}
 
 
-def is_qwen3(name):
-    return name.startswith("qwen3")
+def arch_of(name):
+    return next((arch for arch in CLASSES if name.startswith(arch)), "llama")
 
 
 def tokenizer():
@@ -69,11 +73,11 @@ def add_tokenizer(writer, config):
     writer.add_eos_token_id(config.eos_token_id)
 
 
-def write_gguf(path, model):
-    """A Qwen3 model, its matrices in their own type; read again by transformers."""
+def write_gguf(path, model, arch):
+    """A Qwen2 or Qwen3 model, its matrices in their own type; read again by transformers."""
     config = model.config
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN3, config.num_hidden_layers)
-    writer = gguf.GGUFWriter(path, "qwen3")
+    names = gguf.get_tensor_name_map(GGUF_ARCHS[arch], config.num_hidden_layers)
+    writer = gguf.GGUFWriter(path, arch)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
@@ -86,8 +90,11 @@ def write_gguf(path, model):
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     add_tokenizer(writer, config)
     for name, tensor in model.state_dict().items():
+        if name == "lm_head.weight" and config.tie_word_embeddings:
+            continue
         kind = gguf.GGMLQuantizationType.F32 if tensor.dim() == 1 else gguf.GGMLQuantizationType.BF16
-        writer.add_tensor(names.get_name(name, try_suffixes=(".weight",)), gguf.quantize(tensor.float().numpy(), kind), raw_dtype=kind)
+        gguf_name = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        writer.add_tensor(gguf_name, gguf.quantize(tensor.float().numpy(), kind), raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -100,7 +107,7 @@ def write_gguf(path, model):
 def make(name, folder, seed):
     dtype, head_dim, heads, kv_heads, hidden, intermediate, layers, vocab, tied, rope, shard = MODELS[name]
     torch.manual_seed(seed)
-    make_config, make_model = (Qwen3Config, Qwen3ForCausalLM) if is_qwen3(name) else (LlamaConfig, LlamaForCausalLM)
+    make_config, make_model = CLASSES.get(arch_of(name), (LlamaConfig, LlamaForCausalLM))
     config = make_config(vocab_size=vocab, hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers,
                          num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=head_dim, max_position_embeddings=CONTEXT,
                          tie_word_embeddings=tied, rope_parameters=rope, initializer_range=STD, rms_norm_eps=1e-5,
@@ -109,11 +116,13 @@ def make(name, folder, seed):
     for parameter_name, parameter in model.named_parameters():
         if "norm" in parameter_name:
             parameter.copy_(1 + STD * torch.randn_like(parameter))
+        if parameter_name.endswith(".bias"):
+            parameter.copy_(torch.randn_like(parameter))
     shutil.rmtree(folder, ignore_errors=True)
     model.to(dtype).save_pretrained(folder, max_shard_size=shard)
     tokenizer().save(str(folder / "tokenizer.json"), pretty=False)
-    if is_qwen3(name):
-        write_gguf(folder / "model.gguf", model)
+    if arch_of(name) in GGUF_ARCHS:
+        write_gguf(folder / "model.gguf", model, arch_of(name))
     for file in folder.iterdir():
         file.chmod(0o644)
 
@@ -130,7 +139,7 @@ def main():
         for length, with_greedy in LENGTHS:
             ids = torch.randint(0, model.config.vocab_size, (length,), generator=generator).tolist()
             prompts.append(scores.prompt(model, f"{length} tokens", ids, with_greedy))
-        gguf_file = {"gguf": f"golden/tiny/{name}/model.gguf"} if is_qwen3(name) else {}
+        gguf_file = {"gguf": f"golden/tiny/{name}/model.gguf"} if arch_of(name) in GGUF_ARCHS else {}
         rows.append({"folder": f"golden/tiny/{name}", **gguf_file, "prompts": prompts})
         print(name, sum(f.stat().st_size for f in folder.iterdir()), [f.name for f in folder.iterdir()])
     packages = ("torch", "transformers", "safetensors", "tokenizers", "gguf", "numpy")
