@@ -1,6 +1,5 @@
 /* Chat messages to prompt text. Templates are Jinja programs in the model's files; those we know are recognized by
- * their text and rendered in C, any other is refused by name. Known: SmolLM2's
- * and Qwen2.5's ChatML. */
+ * their text and rendered in C, any other is refused by name. Known: ChatML of SmolLM2 and Qwen2.5. */
 #pragma once
 
 #include "kernels/base.h"

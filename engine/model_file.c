@@ -10,68 +10,44 @@
 
 enum size { SIZE_NONE, SIZE_VOCAB, SIZE_HIDDEN, SIZE_INTERMEDIATE, SIZE_QUERY, SIZE_KEY, SIZE_HEAD };
 
+/* Sets of architectures. */
+enum {
+    LLAMA = 1 << MODEL_ARCH_LLAMA,
+    QWEN2 = 1 << MODEL_ARCH_QWEN2,
+    QWEN3 = 1 << MODEL_ARCH_QWEN3,
+    ALL = LLAMA | QWEN2 | QWEN3,
+};
+
 /* A tensor of the architecture: its name in both forms (in a layer: after the layer's prefix) and its shape. */
 struct role {
     const char *name;
     const char *gguf_name;
     enum size rows, columns; /* columns SIZE_NONE: a vector of `rows` values: a norm's weight or a bias */
-    bool permuted;           /* in GGUF */
+    unsigned of;             /* architectures that have it */
+    unsigned permuted;       /* those whose GGUF files hold its rows permuted */
 };
 
-static const struct role embedding = {"model.embed_tokens.weight", "token_embd.weight", SIZE_VOCAB, SIZE_HIDDEN, false};
-static const struct role final_norm = {"model.norm.weight", "output_norm.weight", SIZE_HIDDEN, SIZE_NONE, false};
-static const struct role head = {"lm_head.weight", "output.weight", SIZE_VOCAB, SIZE_HIDDEN, false};
+static const struct role embedding = {"model.embed_tokens.weight", "token_embd.weight", SIZE_VOCAB, SIZE_HIDDEN, ALL, 0};
+static const struct role final_norm = {"model.norm.weight", "output_norm.weight", SIZE_HIDDEN, SIZE_NONE, ALL, 0};
+static const struct role head = {"lm_head.weight", "output.weight", SIZE_VOCAB, SIZE_HIDDEN, ALL, 0};
 
-static const struct role llama_layer[] = {
-    {"input_layernorm.weight", "attn_norm.weight", SIZE_HIDDEN, SIZE_NONE, false},
-    {"self_attn.q_proj.weight", "attn_q.weight", SIZE_QUERY, SIZE_HIDDEN, true},
-    {"self_attn.k_proj.weight", "attn_k.weight", SIZE_KEY, SIZE_HIDDEN, true},
-    {"self_attn.v_proj.weight", "attn_v.weight", SIZE_KEY, SIZE_HIDDEN, false},
-    {"self_attn.o_proj.weight", "attn_output.weight", SIZE_HIDDEN, SIZE_QUERY, false},
-    {"post_attention_layernorm.weight", "ffn_norm.weight", SIZE_HIDDEN, SIZE_NONE, false},
-    {"mlp.gate_proj.weight", "ffn_gate.weight", SIZE_INTERMEDIATE, SIZE_HIDDEN, false},
-    {"mlp.up_proj.weight", "ffn_up.weight", SIZE_INTERMEDIATE, SIZE_HIDDEN, false},
-    {"mlp.down_proj.weight", "ffn_down.weight", SIZE_HIDDEN, SIZE_INTERMEDIATE, false},
+static const struct role layer_roles[] = {
+    {"input_layernorm.weight", "attn_norm.weight", SIZE_HIDDEN, SIZE_NONE, ALL, 0},
+    {"self_attn.q_proj.weight", "attn_q.weight", SIZE_QUERY, SIZE_HIDDEN, ALL, LLAMA},
+    {"self_attn.q_proj.bias", "attn_q.bias", SIZE_QUERY, SIZE_NONE, QWEN2, 0},
+    {"self_attn.k_proj.weight", "attn_k.weight", SIZE_KEY, SIZE_HIDDEN, ALL, LLAMA},
+    {"self_attn.k_proj.bias", "attn_k.bias", SIZE_KEY, SIZE_NONE, QWEN2, 0},
+    {"self_attn.v_proj.weight", "attn_v.weight", SIZE_KEY, SIZE_HIDDEN, ALL, 0},
+    {"self_attn.v_proj.bias", "attn_v.bias", SIZE_KEY, SIZE_NONE, QWEN2, 0},
+    {"self_attn.q_norm.weight", "attn_q_norm.weight", SIZE_HEAD, SIZE_NONE, QWEN3, 0},
+    {"self_attn.k_norm.weight", "attn_k_norm.weight", SIZE_HEAD, SIZE_NONE, QWEN3, 0},
+    {"self_attn.o_proj.weight", "attn_output.weight", SIZE_HIDDEN, SIZE_QUERY, ALL, 0},
+    {"post_attention_layernorm.weight", "ffn_norm.weight", SIZE_HIDDEN, SIZE_NONE, ALL, 0},
+    {"mlp.gate_proj.weight", "ffn_gate.weight", SIZE_INTERMEDIATE, SIZE_HIDDEN, ALL, 0},
+    {"mlp.up_proj.weight", "ffn_up.weight", SIZE_INTERMEDIATE, SIZE_HIDDEN, ALL, 0},
+    {"mlp.down_proj.weight", "ffn_down.weight", SIZE_HIDDEN, SIZE_INTERMEDIATE, ALL, 0},
 };
-
-static const struct role qwen2_layer[] = {
-    {"input_layernorm.weight", "attn_norm.weight", SIZE_HIDDEN, SIZE_NONE, false},
-    {"self_attn.q_proj.weight", "attn_q.weight", SIZE_QUERY, SIZE_HIDDEN, false},
-    {"self_attn.q_proj.bias", "attn_q.bias", SIZE_QUERY, SIZE_NONE, false},
-    {"self_attn.k_proj.weight", "attn_k.weight", SIZE_KEY, SIZE_HIDDEN, false},
-    {"self_attn.k_proj.bias", "attn_k.bias", SIZE_KEY, SIZE_NONE, false},
-    {"self_attn.v_proj.weight", "attn_v.weight", SIZE_KEY, SIZE_HIDDEN, false},
-    {"self_attn.v_proj.bias", "attn_v.bias", SIZE_KEY, SIZE_NONE, false},
-    {"self_attn.o_proj.weight", "attn_output.weight", SIZE_HIDDEN, SIZE_QUERY, false},
-    {"post_attention_layernorm.weight", "ffn_norm.weight", SIZE_HIDDEN, SIZE_NONE, false},
-    {"mlp.gate_proj.weight", "ffn_gate.weight", SIZE_INTERMEDIATE, SIZE_HIDDEN, false},
-    {"mlp.up_proj.weight", "ffn_up.weight", SIZE_INTERMEDIATE, SIZE_HIDDEN, false},
-    {"mlp.down_proj.weight", "ffn_down.weight", SIZE_HIDDEN, SIZE_INTERMEDIATE, false},
-};
-
-static const struct role qwen3_layer[] = {
-    {"input_layernorm.weight", "attn_norm.weight", SIZE_HIDDEN, SIZE_NONE, false},
-    {"self_attn.q_proj.weight", "attn_q.weight", SIZE_QUERY, SIZE_HIDDEN, false},
-    {"self_attn.k_proj.weight", "attn_k.weight", SIZE_KEY, SIZE_HIDDEN, false},
-    {"self_attn.v_proj.weight", "attn_v.weight", SIZE_KEY, SIZE_HIDDEN, false},
-    {"self_attn.q_norm.weight", "attn_q_norm.weight", SIZE_HEAD, SIZE_NONE, false},
-    {"self_attn.k_norm.weight", "attn_k_norm.weight", SIZE_HEAD, SIZE_NONE, false},
-    {"self_attn.o_proj.weight", "attn_output.weight", SIZE_HIDDEN, SIZE_QUERY, false},
-    {"post_attention_layernorm.weight", "ffn_norm.weight", SIZE_HIDDEN, SIZE_NONE, false},
-    {"mlp.gate_proj.weight", "ffn_gate.weight", SIZE_INTERMEDIATE, SIZE_HIDDEN, false},
-    {"mlp.up_proj.weight", "ffn_up.weight", SIZE_INTERMEDIATE, SIZE_HIDDEN, false},
-    {"mlp.down_proj.weight", "ffn_down.weight", SIZE_HIDDEN, SIZE_INTERMEDIATE, false},
-};
-
-/* The roles of one layer, by architecture. */
-static const struct {
-    const struct role *roles;
-    int n_roles;
-} layers[] = {
-    [MODEL_ARCH_LLAMA] = {llama_layer, sizeof llama_layer / sizeof *llama_layer},
-    [MODEL_ARCH_QWEN2] = {qwen2_layer, sizeof qwen2_layer / sizeof *qwen2_layer},
-    [MODEL_ARCH_QWEN3] = {qwen3_layer, sizeof qwen3_layer / sizeof *qwen3_layer},
-};
+enum { N_LAYER_ROLES = sizeof layer_roles / sizeof *layer_roles };
 
 static int64_t size_of(const struct model_config *config, enum size size) {
     switch (size) {
@@ -161,7 +137,7 @@ static int bind_found(struct model_file *file, const struct role *role, char *na
         FAIL(STATUS_INPUT, "%s: tensor %s: type %s is not supported, expected F32, F16%s", source->path, found->name,
              found->type, vector ? " or BF16" : ", BF16, or in GGUF Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, Q4_K, Q5_K, Q6_K");
     tensor->dtype = (enum dtype)found->dtype;
-    tensor->permuted = role->permuted && file->gguf;
+    tensor->permuted = file->gguf && (role->permuted & 1u << file->config.arch);
     source->used[found - source->tensors] = true;
     return STATUS_OK;
 }
@@ -208,14 +184,13 @@ static void resolve_tied(struct model_file *file) {
 
 static int bind_all(struct model_file *file) {
     const struct model_config *config = &file->config;
-    const struct role *roles = layers[config->arch].roles;
-    int n_roles = layers[config->arch].n_roles;
-    int most = 3 + n_roles * config->n_layers;
+    int most = 3 + N_LAYER_ROLES * config->n_layers;
     TRY(base_alloc(&file->tensors, (size_t)most, sizeof *file->tensors));
     TRY(bind_role(file, &embedding, -1));
     for (int layer = 0; layer < config->n_layers; layer++)
-        for (int i = 0; i < n_roles; i++)
-            TRY(bind_role(file, &roles[i], layer));
+        for (int i = 0; i < N_LAYER_ROLES; i++)
+            if (layer_roles[i].of & 1u << config->arch)
+                TRY(bind_role(file, &layer_roles[i], layer));
     TRY(bind_role(file, &final_norm, -1));
     resolve_tied(file);
     return config->tied ? STATUS_OK : bind_role(file, &head, -1);
