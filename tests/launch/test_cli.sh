@@ -6,14 +6,7 @@ set -uo pipefail
 
 kvlinc=$1
 mpirun=${2:-}
-work=$(mktemp --directory)
-trap 'rm -rf "$work"' EXIT
-failed=0
-check() {
-    local what=$1
-    shift
-    "$@" || { echo "test_cli.sh: failed: $what" >&2; failed=1; }
-}
+. "$(dirname "${BASH_SOURCE[0]}")/check.sh"
 exits() {
     local code=$1 got=0
     shift

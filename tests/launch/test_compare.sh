@@ -3,15 +3,7 @@
 # where python3 has PyTorch, its steps against float64.
 set -uo pipefail
 
-root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
-work=$(mktemp --directory)
-trap 'rm -rf "$work"' EXIT
-failed=0
-check() { # check WHAT command...
-    local what=$1
-    shift
-    "$@" || { echo "test_compare.sh: failed: $what" >&2; failed=1; }
-}
+. "$(dirname "${BASH_SOURCE[0]}")/check.sh"
 exits() { # exits CODE command...
     local code=$1 got=0
     shift

@@ -4,16 +4,8 @@
 set -uo pipefail
 
 kvlinc=$(realpath "$1")
-root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
-work=$(mktemp --directory)
-trap 'rm -rf "$work"' EXIT
+. "$(dirname "${BASH_SOURCE[0]}")/check.sh"
 cd "$root" || exit 1
-failed=0
-check() {
-    local what=$1
-    shift
-    "$@" || { echo "test_plan.sh: failed: $what" >&2; failed=1; }
-}
 plan() { # plan CODE arguments...
     local code=$1 got=0
     shift

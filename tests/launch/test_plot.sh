@@ -4,15 +4,7 @@
 #   test_plot.sh
 set -uo pipefail
 
-root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
-work=$(mktemp --directory)
-trap 'rm -rf "$work"' EXIT
-failed=0
-check() { # check WHAT command...
-    local what=$1
-    shift
-    "$@" || { echo "test_plot.sh: failed: $what" >&2; cat "$work/errors" >&2; failed=1; }
-}
+. "$(dirname "${BASH_SOURCE[0]}")/check.sh"
 plot() { # plot CODE arguments...
     local code=$1 got=0
     shift

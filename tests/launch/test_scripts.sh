@@ -3,15 +3,7 @@
 # Also: the shipped model descriptions are well-formed, and every script of the project parses.
 set -uo pipefail
 
-root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
-work=$(mktemp --directory)
-trap 'rm -rf "$work"' EXIT
-failed=0
-check() { # check WHAT command...
-    local what=$1
-    shift
-    "$@" || { echo "test_scripts.sh: failed: $what" >&2; failed=1; }
-}
+. "$(dirname "${BASH_SOURCE[0]}")/check.sh"
 model() { "$root/launch/model.sh" "$@" 2>"$work/errors"; }
 is_empty() { [ -z "$(ls -A "$1")" ]; }
 exits() { # exits CODE command...
