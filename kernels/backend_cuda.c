@@ -338,7 +338,7 @@ static int cuda_launch_op(struct stream *stream, int op, const void *args, size_
     s->launch.previous = previous;
     int status = launchers[op](&s->launch, args);
     s->launch.previous = op;
-    s->launch.turn = !s->launch.turn;
+    s->launch.turn = (s->launch.turn + 1) % CUDA_TURNS;
     return keep(s, status);
 }
 
@@ -539,6 +539,7 @@ static void cuda_stream_close(struct stream *stream) {
         (void)cudaEventDestroy(s->join);
     backend_free(&b->base, s->launch.scratch);
     backend_free(&b->base, s->launch.counters);
+    backend_free(&b->base, s->launch.exchange);
     if (b->streams[s->index] == s)
         b->streams[s->index] = NULL;
     free(s);
@@ -550,6 +551,8 @@ static int stream_make(struct cuda_backend *b, struct cuda_stream *s) {
     TRY_CUDA(cudaEventCreateWithFlags(&s->join, cudaEventDisableTiming), "making a stream");
     TRY(backend_alloc(&b->base, MEMORY_WORKSPACE, CUDA_SCRATCH_BYTES, &s->launch.scratch));
     TRY(backend_alloc(&b->base, MEMORY_WORKSPACE, CUDA_COUNTERS * sizeof *s->launch.counters, &s->launch.counters));
+    TRY(backend_alloc(&b->base, MEMORY_WORKSPACE, CUDA_TURNS * CUDA_EXCHANGE_BYTES, &s->launch.exchange));
+    TRY_CUDA(cudaMemsetAsync(s->launch.exchange, 0xff, CUDA_TURNS * CUDA_EXCHANGE_BYTES, s->stream), "making a stream");
     s->launch.previous = OP_COUNT;
     s->launch.stream = s->stream;
     s->launch.n_sms = b->n_sms;

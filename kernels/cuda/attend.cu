@@ -10,7 +10,7 @@ enum {
     MAX_GROUP = 16,           /* query heads of a KV head */
     STAGE_ALIGN = 128,
     SHARED_80 = 163 << 10, SHARED_86 = 99 << 10, SHARED_90 = 227 << 10, /* shared memory a CTA can have (CUDA manual, table of limits) */
-    SIDE_MAX_WARPS = 4,       /* of a CTA for the correction */
+    SIDE_MAX_WARPS = 3,       /* of a CTA for the correction */
     SIDE_SHORT = 4,           /* slices of a task up to which tasks have one head */
     SIDE_STEP_COST = 3,       /* sixteenths of a tile: what 16 features and 8 channels of a head take, by instructions */
     SIDE_STEP_COST_4 = 12,    /* of four heads */
@@ -55,6 +55,12 @@ static int side_slices(int64_t n_tasks, int64_t n_warps, int head_dim) {
     return n;
 }
 
+/* A CTA's part in n_items slices of `cost` sixteenths of a tile. */
+static struct plan_side side_part(int64_t n_items, int64_t cost, int64_t n_ctas, int64_t most_warps) {
+    int64_t n_warps = min_i64(most_warps, ceil_div(n_items, n_ctas)), each = ceil_div(n_items, n_ctas * n_warps);
+    return (struct plan_side){(int)n_warps, (int)ceil_div(each * cost, 16)};
+}
+
 /* One head a task where that keeps slices short; else four, so that W and S are read less often. */
 static struct attend_side choose_side(const struct cuda_launch *launch, const struct attend_args *args, int n_teams) {
     struct attend_side side = {.heads = 1};
@@ -66,10 +72,9 @@ static struct attend_side choose_side(const struct cuda_launch *launch, const st
         n_tasks = (int64_t)args->n_rows * args->layout.n_kv_heads * side_tasks(group, side.heads);
     }
     side.n_slices = side_slices(n_tasks, n_warps, args->layout.head_dim);
-    int64_t n_items = n_tasks * side.n_slices, steps = SIDE_STEPS / side.n_slices;
-    side.n_warps = (int)min_i64(most_warps, ceil_div(n_items, launch->n_sms));
-    int64_t each = ceil_div(n_items, (int64_t)launch->n_sms * side.n_warps);
-    side.n_tiles = (int)ceil_div(each * (SIDE_ITEM_COST + steps * (side.heads == 1 ? SIDE_STEP_COST : SIDE_STEP_COST_4)), 16);
+    int64_t steps = SIDE_STEPS / side.n_slices, cost = SIDE_ITEM_COST + steps * (side.heads == 1 ? SIDE_STEP_COST : SIDE_STEP_COST_4);
+    side.few = side_part(n_tasks * side.n_slices, cost, launch->n_sms, most_warps);
+    side.all = side_part(n_tasks * side.n_slices, cost, launch->n_sms * DECODE_CTAS, most_warps);
     return side;
 }
 
@@ -77,42 +82,50 @@ static int shared_of(const struct cuda_launch *launch) {
     return launch->architecture == 80 ? SHARED_80 : launch->architecture == 90 || launch->architecture == 100 ? SHARED_90 : SHARED_86;
 }
 
+/* Shared memory of a CTA where `n_ctas` share a multiprocessor, which keeps 1 KiB for each. */
+static int shared_of_cta(const struct cuda_launch *launch, int n_ctas) { return (shared_of(launch) + 1024) / n_ctas - 1024; }
+
 /* Warps and stages from what a tile takes: as many warps as have two stages each, or, of large records, one; then more stages. */
 static struct attend_shape choose_shape(const struct cuda_launch *launch, const struct attend_args *args, int max_warps) {
     const struct page_format *format = &args->layer.format;
     int group = args->n_heads / args->layout.n_kv_heads;
     int slice = 2 * ATTEND_SLICE * decode_row_stride(args->layout.head_dim);
     bool sliced = format->k_bits == 16 && format->v_bits == 16;
-    int fixed = (int)sizeof(struct attend_plan) + DECODE_MAX_WARPS * DECODE_MAX_STAGES * (int)sizeof(uint64_t) + 2 * STAGE_ALIGN;
+    int fixed = plan_bytes(args->n_rows) + DECODE_MAX_WARPS * DECODE_MAX_STAGES * (int)sizeof(uint64_t) + 2 * STAGE_ALIGN;
     struct attend_shape shape = {0};
     shape.stage_bytes = (int)round_up(max_i64(slice, sliced ? 0 : page_record_size(format)), STAGE_ALIGN);
-    int n_stages = (shared_of(launch) - fixed) / shape.stage_bytes;
+    int n_stages = (shared_of_cta(launch, DECODE_CTAS) - fixed) / shape.stage_bytes;
+    if (n_stages < 4)
+        n_stages = (shared_of_cta(launch, 1) - fixed) / shape.stage_bytes; /* large records: one CTA a multiprocessor at a time */
     shape.n_passes = (int)ceil_div(group, TILE_COLUMNS);
     shape.n_warps = (int)min_i64(max_warps, n_stages >= 4 ? n_stages / 2 : n_stages) / shape.n_passes * shape.n_passes;
     shape.n_stages = shape.n_warps ? (int)min_i64(DECODE_MAX_STAGES, n_stages / shape.n_warps) : 0;
     shape.pass_heads = (int)ceil_div(group, shape.n_passes);
     shape.n_teams = shape.n_warps / shape.n_passes;
+    shape.few_ctas = launch->n_sms;
+    shape.few_tiles = PLAN_FEW_TILES * shape.few_ctas * shape.n_teams;
     return shape;
 }
 
-/* Where pieces and logits lie in the scratch. An attention may begin while another one in front of it ends, so they take turns in its
- * halves; the second next begins when the first has ended, because a multiprocessor holds one block, and one of its blocks takes the place of
- * one of the next that has waited for that. */
+/* Where pieces and logits lie in scratch and exchange. Attentions in a row let each other begin before they wait, so they take turns in their parts, of
+ * which three are enough: as long as one, A, has a CTA on the device, all working CTAs of the next, B, which are as many as there are
+ * multiprocessors or more, are there too, once they have begun, since none ends before A; a multiprocessor holds two CTAs at most; so the next
+ * but one, C, has not begun with all of its own, and what follows C with none. When that one does begin, it takes the place of a CTA of B or C,
+ * each of which has waited for A. */
 static int place_scratch(const struct cuda_launch *launch, const struct attend_args *args, struct attend_shape *shape) {
     int64_t group = args->n_heads / args->layout.n_kv_heads, n_segments = (int64_t)args->n_rows * args->layout.n_kv_heads;
-    int64_t piece = group * piece_floats(args->layout.head_dim), n_ctas = launch->n_sms;
+    int64_t piece = group * piece_floats(args->layout.head_dim), n_ctas = (int64_t)launch->n_sms * DECODE_CTAS;
     int64_t teams = n_ctas * shape->n_teams * piece, pieces = (n_ctas + n_segments) * piece;
     int64_t logits = shape->side.n_slices ? n_segments * group * SIDE_FEATURES : 0, sums = shape->side.n_slices ? n_segments * piece : 0;
-    int64_t floats = teams + pieces + logits + sums;
-    int64_t n_counters = 2 * n_segments * group;
-    if (floats * (int64_t)sizeof(float) > (int64_t)CUDA_SCRATCH_BYTES / 2 || n_counters > CUDA_COUNTERS / 2)
-        FAIL(STATUS_USAGE, "attend: %d rows of %d heads want %lld bytes of scratch and %lld counters, there are %lld and %d", args->n_rows,
-             args->n_heads, (long long)floats * (long long)sizeof(float), (long long)n_counters, (long long)CUDA_SCRATCH_BYTES / 2, CUDA_COUNTERS / 2);
-    shape->team_pieces = (float *)((uint8_t *)launch->scratch + launch->turn * (CUDA_SCRATCH_BYTES / 2));
-    shape->pieces = shape->team_pieces + teams;
+    int64_t posted = (pieces + logits + sums) * (int64_t)sizeof(float);
+    if (posted > (int64_t)CUDA_EXCHANGE_BYTES || teams * (int64_t)sizeof(float) > (int64_t)CUDA_TURN_BYTES)
+        FAIL(STATUS_USAGE, "attend: %d rows of %d heads want %lld bytes of exchange and %lld of scratch, there are %lld and %lld", args->n_rows,
+             args->n_heads, (long long)posted, (long long)teams * (long long)sizeof(float), (long long)CUDA_EXCHANGE_BYTES,
+             (long long)CUDA_TURN_BYTES);
+    shape->team_pieces = (float *)((uint8_t *)launch->scratch + launch->turn * CUDA_TURN_BYTES);
+    shape->pieces = (float *)(launch->exchange + launch->turn * CUDA_EXCHANGE_BYTES);
     shape->side.logits = shape->pieces + pieces;
     shape->side.sums = shape->side.logits + logits;
-    shape->arrived = launch->counters + launch->turn * (CUDA_COUNTERS / 2);
     return STATUS_OK;
 }
 
@@ -156,12 +169,12 @@ static int launch_decode(const struct cuda_launch *launch, const struct attend_a
     shape.early_window = early && launch->previous == OP_attend_step;
     shape.out = out;
     TRY(place_scratch(launch, args, &shape));
-    int dynamic = shape.n_warps * shape.n_stages * shape.stage_bytes;
-    if (2 * (dynamic + (int)sizeof(struct attend_plan)) <= shared_of(launch)) /* two blocks on one multiprocessor: place_scratch's rule */
+    int dynamic = shape.n_warps * shape.n_stages * shape.stage_bytes + plan_bytes(args->n_rows);
+    if (dynamic <= shared_of_cta(launch, DECODE_CTAS + 1)) /* place_scratch's rule */
         shape.early = shape.early_window = false;
     if (cudaFuncSetAttribute(choice.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, dynamic) != cudaSuccess)
         FAIL(STATUS_FAILED, "CUDA: attend: %d bytes of shared memory: %s", dynamic, cudaGetErrorString(cudaGetLastError()));
-    (void)launch_early(launch, choice.kernel, dim3((unsigned)launch->n_sms), (unsigned)(shape.n_warps * WARP), (size_t)dynamic, *args, shape,
+    (void)launch_early(launch, choice.kernel, dim3((unsigned)(launch->n_sms * DECODE_CTAS)), (unsigned)(shape.n_warps * WARP), (size_t)dynamic, *args, shape,
                        any_run);
     CHECK_LAUNCH("attend");
     return STATUS_OK;

@@ -1,14 +1,13 @@
 /* The correction inside the decode kernel: C_n = phi_q(q) S and C_d = phi_q(q) . P of every row and query head, by a few warps of each CTA
  * while the others attend. A task is one head, or where many heads keep the device busy up to four of a KV head, which then read W
  * and S once. It is cut into slices, one a warp: first its share of the logits q W, then, when all slices of the task have theirs, phi of
- * all features and its share of the channels of C_n. All CTAs of the grid are on the device at once, so one may wait for another.
+ * all features and its share of the channels of C_n. Both go through the exchange (attend_merge.cuh).
  * Slices are made of steps that sum alike however many slices there are: the bits do not depend on that. */
 #pragma once
 
 #include "kernels/cuda/attend_merge.cuh"
 
 enum {
-    SIDE_FEATURES = 256,     /* D; other ranks of the correction have a kernel of their own (correct.cu) */
     SIDE_HALF = SIDE_FEATURES / 2,
     SIDE_STEPS = 16,         /* of a task: features, and at d = 128 channels */
     SIDE_STEP_FEATURES = SIDE_FEATURES / SIDE_STEPS,
@@ -24,9 +23,10 @@ HOST_DEVICE static inline int side_tasks(int group, int heads) { return (group +
 struct side_items {
     int first, step, n;
 };
-__device__ __forceinline__ struct side_items side_items_of(const struct attend_args *args, const struct attend_shape *shape, int side) {
+__device__ __forceinline__ struct side_items side_items_of(const struct attend_args *args, const struct attend_shape *shape,
+                                                           const struct attend_plan *plan, int side) {
     const int n_kv_heads = args->layout.n_kv_heads, tasks = side_tasks(args->n_heads / n_kv_heads, shape->side.heads);
-    return {(int)blockIdx.x + (int)gridDim.x * side, (int)gridDim.x * shape->side.n_warps,
+    return {(int)blockIdx.x + plan->n_ctas * side, plan->n_ctas * plan->side.n_warps,
             args->n_rows * n_kv_heads * tasks * shape->side.n_slices};
 }
 
@@ -44,16 +44,12 @@ __device__ __forceinline__ bool side_item_at(const struct attend_args *args, con
     item->kv_head = (int)segment - item->row * (int)n_kv_heads;
     item->head = item->kv_head * (int)group + (int)in_group;
     item->n_heads = min(shape->side.heads, (int)(group - in_group));
-    return plan->n_tiles[item->row] > 0;
+    return plan->row[item->row].n_tiles > 0;
 }
 __device__ __forceinline__ const float *side_states_of(const struct attend_args *args, const struct attend_plan *plan,
                                                        const struct side_item *item) {
-    const int64_t at = (int64_t)plan->view[item->row].seq * args->layout.n_kv_heads + item->kv_head;
+    const int64_t at = (int64_t)plan->row[item->row].view.seq * args->layout.n_kv_heads + item->kv_head;
     return args->layer.states + at * (SIDE_FEATURES * args->layout.head_dim + SIDE_FEATURES);
-}
-/* [n_heads][SIDE_FEATURES] */
-__device__ __forceinline__ float *side_logits_of(const struct attend_args *args, const struct attend_shape *shape, const struct side_item *item) {
-    return shape->side.logits + ((int64_t)item->row * args->n_heads + item->head) * SIDE_FEATURES;
 }
 
 /* ---- logits ------------------------------------------------------------------------------------------------------------- */
@@ -96,7 +92,7 @@ __device__ __forceinline__ void side_logits_step(const struct attend_args *args,
 #pragma unroll
     for (int h = 0; h < HEADS; h++)
         if (g == h && h < item->n_heads)
-            *(float4 *)(logits + h * SIDE_FEATURES + feature + 4 * t) = make_float4(sum[h][0], sum[h][1], sum[h][2], sum[h][3]);
+            post_write(logits + h * SIDE_FEATURES + feature + 4 * t, sum[h]);
 }
 
 /* The slice's channels of S go to the second-level cache. */
@@ -110,7 +106,7 @@ template <int D> __device__ __forceinline__ void side_prefetch(const float *stat
 template <int D, typename T, int HEADS>
 __device__ __noinline__ void side_logits(const struct attend_args *args, const struct attend_shape *shape, const struct attend_plan *plan,
                                          int side) {
-    const struct side_items items = side_items_of(args, shape, side);
+    const struct side_items items = side_items_of(args, shape, plan, side);
     const int group = args->n_heads / args->layout.n_kv_heads, n_steps = SIDE_STEPS / shape->side.n_slices;
     struct side_item item;
 #pragma unroll 1
@@ -121,25 +117,27 @@ __device__ __noinline__ void side_logits(const struct attend_args *args, const s
             side_prefetch<D>(side_states_of(args, plan, &item), item.slice, shape->side.n_slices);
 #pragma unroll 1
         for (int i = 0; i < n_steps; i++)
-            side_logits_step<D, T, HEADS>(args, &item, item.slice * n_steps + i, side_logits_of(args, shape, &item));
-        __syncwarp();
-        if (threadIdx.x % WARP == 0)
-            asm volatile("red.release.gpu.global.add.s32 [%0], 1;" ::"l"(side_ready(args, shape, item.row, item.head)) : "memory");
+            side_logits_step<D, T, HEADS>(args, &item, item.slice * n_steps + i, side_logits_of(args, shape, item.row, item.head));
     }
 }
 
 /* ---- states ------------------------------------------------------------------------------------------------------------- */
 
-/* phi of this lane's features: 4 lane .. 4 lane + 3 of each half. */
+/* phi of this lane's features: 4 lane .. 4 lane + 3 of each half; once the logits are there. */
 __device__ __forceinline__ void side_phi(const float *logits, float (&phi)[SIDE_LANE_FEATURES]) {
     const int lane = (int)threadIdx.x % WARP;
-    float top[2], sum[2];
+    float top[2], sum[2], x[2][4];
+    bool there;
+    do {
+        there = post_read(logits + 4 * lane, x[0]);
+        there &= post_read(logits + SIDE_HALF + 4 * lane, x[1]);
+    } while (!__all_sync(0xffffffffu, there));
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-        const float4 x = *(const float4 *)(logits + half * SIDE_HALF + 4 * lane);
-        float *to = &phi[4 * half];
-        to[0] = x.x, to[1] = x.y, to[2] = x.z, to[3] = x.w;
-        top[half] = fmaxf(fmaxf(x.x, x.y), fmaxf(x.z, x.w));
+#pragma unroll
+        for (int k = 0; k < 4; k++)
+            phi[4 * half + k] = x[half][k];
+        top[half] = fmaxf(fmaxf(x[half][0], x[half][1]), fmaxf(x[half][2], x[half][3]));
     }
 #pragma unroll
     for (int lanes = WARP / 2; lanes > 0; lanes /= 2)
@@ -206,7 +204,7 @@ __device__ __forceinline__ void side_states_step(const float *states, const floa
     lanes_scatter<NUMBERS, WARP / 2>(sum);
     const int number = lane / LANES;
     if (lane % LANES == 0 && number / SIDE_STEP_CHANNELS < n_heads)
-        c_n[number / SIDE_STEP_CHANNELS * piece_floats(D) + number % SIDE_STEP_CHANNELS] = sum[0];
+        post_write(c_n + number / SIDE_STEP_CHANNELS * piece_floats(D) + number % SIDE_STEP_CHANNELS, {sum[0]});
 }
 
 /* The slice of C_n, and with slice 0 C_d. */
@@ -218,7 +216,7 @@ __device__ __forceinline__ void side_states_heads(const struct attend_args *args
     float phi[HEADS][SIDE_LANE_FEATURES];
 #pragma unroll
     for (int h = 0; h < HEADS; h++)
-        side_phi(side_logits_of(args, shape, item) + min(h, item->n_heads - 1) * SIDE_FEATURES, phi[h]);
+        side_phi(side_logits_of(args, shape, item->row, item->head + min(h, item->n_heads - 1)), phi[h]);
 #pragma unroll 1
     for (int c = item->slice * width; c < (item->slice + 1) * width; c += SIDE_STEP_CHANNELS)
         side_states_step<D, HEADS>(states + c, phi, sums + c, item->n_heads);
@@ -231,7 +229,7 @@ __device__ __forceinline__ void side_states_heads(const struct attend_args *args
         const float *x = phi[h];
         const float c_d = warp_sum(x[0] * a.x + x[1] * a.y + x[2] * a.z + x[3] * a.w + x[4] * b.x + x[5] * b.y + x[6] * b.z + x[7] * b.w);
         if (lane == 0 && h < item->n_heads)
-            sums[h * piece_floats(D) + D] = c_d;
+            post_write(sums + h * piece_floats(D) + D, {c_d});
     }
 }
 
@@ -239,24 +237,12 @@ __device__ __forceinline__ void side_states_heads(const struct attend_args *args
 template <int D, int HEADS>
 __device__ __noinline__ void side_states(const struct attend_args *args, const struct attend_shape *shape, const struct attend_plan *plan,
                                          int side) {
-    const struct side_items items = side_items_of(args, shape, side);
-    const int group = args->n_heads / args->layout.n_kv_heads;
+    const struct side_items items = side_items_of(args, shape, plan, side);
     struct side_item item;
 #pragma unroll 1
     for (int index = items.first; index < items.n; index += items.step) {
         if (!side_item_at(args, shape, plan, index, &item))
             continue;
-        const int *ready = side_ready(args, shape, item.row, item.head);
-        int n = 0;
-        while (n < shape->side.n_slices)
-            asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(n) : "l"(ready) : "memory");
         side_states_heads<D, HEADS>(args, shape, side_states_of(args, plan, &item), &item);
-        const struct attend_segment s = plan_segment(plan, item.row, item.kv_head);
-        unsigned last = heads_arrive(&shape->arrived[(int64_t)item.row * args->n_heads + item.head], item.n_heads, head_expected(shape, plan, &s));
-#pragma unroll 1
-        for (; last; last &= last - 1) {
-            const int in_group = item.head - item.kv_head * group + __ffs((int)last) - 1;
-            head_merge<D>(args, shape, plan, s, in_group, cta_pieces<D>(args, shape, plan, &s, in_group), true);
-        }
     }
 }

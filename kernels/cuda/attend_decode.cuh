@@ -25,7 +25,7 @@ HOST_DEVICE static inline int decode_row_stride(int head_dim) { return 2 * head_
 template <int D_, typename T_, int BITS_, bool SPLIT_, bool PLUS_> struct decode_config {
     static constexpr int D = D_, BITS = BITS_;
     static constexpr bool SPLIT = SPLIT_, PLUS = PLUS_, SLICED = BITS_ == 16;
-    static constexpr int MAX_WARPS = SPLIT && !PLUS ? DECODE_MAX_WARPS : DECODE_MAX_WARPS_WIDE;
+    static constexpr int MAX_WARPS = SPLIT && !PLUS ? DECODE_MAX_WARPS : DECODE_MAX_WARPS_WIDE; /* of a CTA */
     typedef T_ T;
 };
 
@@ -65,7 +65,7 @@ template <class C> __device__ __forceinline__ int decode_record_bytes(const stru
 template <class C>
 __device__ __forceinline__ struct attend_tokens decode_tokens(const struct decode_warp<C> &w, const struct attend_cursor &at, int id) {
     const int per_block = KV_BLOCK / ATTEND_SLICE, row_bytes = 2 * C::D;
-    const struct attend_view *view = &w.plan->view[at.row];
+    const struct attend_view *view = &w.plan->row[at.row].view;
     if (!C::SLICED || at.index >= at.n_pages)
         return plan_slice<C::D>(w.args, view, at.kv_head, at.index - at.n_pages);
     const int token = at.index % per_block * ATTEND_SLICE;
@@ -150,7 +150,7 @@ template <class C> __device__ __forceinline__ void decode_prepare_mean(const str
     if (!C::PLUS || !layer->mean)
         return;
     mean.rows += (int64_t)w.at.kv_head * KV_BLOCK * C::D;
-    const int block = w.plan->view[w.at.row].first_owned + local * w.args->layout.cp_size;
+    const int block = w.plan->row[w.at.row].view.first_owned + local * w.args->layout.cp_size;
     mean_prepare<C::D, typename C::T, C::SPLIT>(decode_q(w), lane_head<C::SPLIT>(w.lane) < w.n_heads, w.lane, w.args->scale * LOG2_E,
                                                 layer->inv_freq, block, mean);
 }
@@ -173,7 +173,7 @@ template <class C> __device__ __forceinline__ void decode_page(struct decode_war
             offset[e] = 0.0f;
         }
     }
-    const int begin = local == 0 ? attend_page_begin(w.args, &w.plan->view[w.at.row], 0) : 0;
+    const int begin = local == 0 ? attend_page_begin(w.args, &w.plan->row[w.at.row].view, 0) : 0;
     if (begin > 0) {
 #pragma unroll
         for (int i = 0; i < N; i++)
@@ -284,16 +284,13 @@ __device__ __forceinline__ void decode_end_segment(struct decode_warp<C> &w, str
 template <class C>
 __device__ __forceinline__ void decode_finish_segments(const struct decode_warp<C> &w, const struct attend_plan *plan, int begin, int end) {
     struct attend_cursor at = cursor_at<C::SLICED>(w.args, plan, begin);
-    const int n_kv_heads = w.args->layout.n_kv_heads, group = w.args->n_heads / n_kv_heads;
     __syncwarp();
 #pragma unroll 1
     for (struct attend_segment s = plan_segment(plan, at.row, at.kv_head); s.begin < end && at.n > 0;
          s = plan_segment(plan, at.row, at.kv_head)) {
 #pragma unroll 1
-        for (int i = w.first_head; i < w.first_head + w.n_heads && s.begin >= begin && s.end <= end; i++) {
-            const float *piece = cta_piece(w.shape, (int)blockIdx.x, at.row * n_kv_heads + at.kv_head, group, i, C::D);
-            head_merge<C::D>(w.args, w.shape, plan, s, i, {piece, piece, 0, 1}, false);
-        }
+        for (int i = w.first_head; i < w.first_head + w.n_heads && s.begin >= begin && s.end <= end; i++)
+            head_close<C::D>(w.args, w.shape, s, i, {(int)blockIdx.x, 1});
         at.index = at.n - 1;
         if (cursor_next<C::SLICED>(w.args, plan, &at) && at.n == 0)
             return;
@@ -342,10 +339,10 @@ __device__ __forceinline__ void decode_walk(struct decode_warp<C> &w, struct att
 }
 
 template <class C>
-static __global__ void __launch_bounds__(C::MAX_WARPS *WARP, 1)
+static __global__ void __launch_bounds__(C::MAX_WARPS *WARP, DECODE_CTAS)
     attend_kernel(const __grid_constant__ struct attend_args args, const __grid_constant__ struct attend_shape shape, bool any_run) {
     extern __shared__ __align__(128) uint8_t stages[];
-    __shared__ struct attend_plan plan;
+    struct attend_plan &plan = *(struct attend_plan *)(stages + shape.n_warps * shape.n_stages * shape.stage_bytes);
     __shared__ uint64_t barriers[C::MAX_WARPS * DECODE_MAX_STAGES];
     const int warp = (int)threadIdx.x / WARP, team = warp / shape.n_passes;
     for (int i = (int)threadIdx.x; i < shape.n_warps * shape.n_stages; i += (int)blockDim.x)
@@ -357,6 +354,8 @@ static __global__ void __launch_bounds__(C::MAX_WARPS *WARP, 1)
         wait_for_earlier();
     let_later_begin(); /* before it waits, against the rule: can_be_early says why */
     plan_make<C::SLICED>(&args, &shape, any_run, &plan);
+    if ((int)blockIdx.x >= plan.n_ctas)
+        return; /* others wait for the kernel in front */
     struct decode_warp<C> w;
     const int group = args.n_heads / args.layout.n_kv_heads, pass = warp % shape.n_passes, begin = plan.team[team], end = plan.team[team + 1];
     w.args = &args;
@@ -368,16 +367,14 @@ static __global__ void __launch_bounds__(C::MAX_WARPS *WARP, 1)
     w.stages = stages + (int64_t)warp * shape.n_stages * shape.stage_bytes;
     w.barriers = barriers + warp * shape.n_stages;
     w.waited = false;
-    const int side = pass == 0 ? team - (shape.n_teams - shape.side.n_warps) : -1; /* this warp among those of the correction */
+    const int side = pass == 0 ? team - (shape.n_teams - plan.side.n_warps) : -1; /* this warp among those of the correction */
     if (side >= 0 && shape.side.heads == 1)
         side_logits<C::D, typename C::T, 1>(&args, &shape, &plan, side);
     else if (side >= 0)
         side_logits<C::D, typename C::T, SIDE_MAX_HEADS>(&args, &shape, &plan, side);
-    if (begin < end) {
+    if (begin < end)
         decode_walk<C>(w, &plan, team, begin, end);
-        decode_finish_segments<C>(w, &plan, begin, end);
-    }
-    const int n_joiners = shape.n_warps - shape.side.n_warps * shape.n_passes; /* the correction's warps have their own work to do */
+    const int n_joiners = shape.n_warps - plan.side.n_warps * shape.n_passes; /* the correction's warps have their own work to do */
     if (warp < n_joiners) {
         barrier_wait((int)blockDim.x);
         join_teams<C::D>(&args, &shape, &plan, stages, n_joiners);
@@ -388,6 +385,8 @@ static __global__ void __launch_bounds__(C::MAX_WARPS *WARP, 1)
         else if (side >= 0)
             side_states<C::D, SIDE_MAX_HEADS>(&args, &shape, &plan, side);
     }
+    if (begin < end)
+        decode_finish_segments<C>(w, &plan, begin, end);
     decode_wait<C>(w);
     empty_rows<C::D>(&args, &shape, &plan);
 }

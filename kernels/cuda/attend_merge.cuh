@@ -1,6 +1,10 @@
-/* From what teams know of a segment to its output. A team that has a whole segment delivers it; else its CTA joins what its teams left, and
- * where a segment reaches over several CTAs, or waits for its correction, the last to arrive joins theirs. Who is last depends on
- * time, what it adds and in which order does not.
+/* From what teams know of a segment to its output. A CTA joins what its teams have; parts of a segment that reaches over several CTAs, and of
+ * the correction, go through the exchange to the CTA that closes the head. Who adds what in which order follows from the plan alone.
+ *
+ * The exchange is memory whose words are all POST_EMPTY between kernels. Whoever has a number writes it there, whoever wants it reads until it
+ * is there and empties the word: no counter, no fence, one trip to the second-level cache. No sum is mistaken for an empty word: the only
+ * NaN that arithmetic gives is 0x7fffffff (PTX manual, fma.f32). No wait can last: a warp writes all parts of its own before it waits for
+ * others', and all CTAs that have work get a place on the device, since those in front of them wait for nothing behind.
  *
  * A piece is Y [D], m (of base 2), l of one query head. One warp takes one head of one segment, D / 32 channels a lane. */
 #pragma once
@@ -9,11 +13,50 @@
 #include "kernels/cuda/attend_plan.cuh"
 
 enum {
-    JOIN_AT_ONCE = 4,   /* pieces of teams, from shared memory: few instructions, which few warps run and so have to fetch */
-    CLOSE_AT_ONCE = 18, /* of CTAs, from the second-level cache: what 8 KV heads of one sequence have on 132 multiprocessors, in one go */
+    CLOSE_AT_ONCE = 18, /* pieces: what 8 KV heads of one sequence have on 132 multiprocessors, in one go */
 };
 
+#define POST_EMPTY 0xffffffffu
 #define LN_2 0.69314718055994531f
+
+/* ---- exchange ----------------------------------------------------------------------------------------------------------- */
+
+__device__ __forceinline__ bool post_is_there(float x) { return __float_as_uint(x) != POST_EMPTY; }
+
+/* N = 1, 2 or 4 words in a row, aligned to their size. */
+template <int N> __device__ __forceinline__ bool post_read(const float *at, float (&x)[N]) {
+    if constexpr (N == 4)
+        asm volatile("ld.relaxed.gpu.global.v4.f32 {%0, %1, %2, %3}, [%4];"
+                     : "=f"(x[0]), "=f"(x[1]), "=f"(x[2]), "=f"(x[3])
+                     : "l"(at)
+                     : "memory");
+    else if constexpr (N == 2)
+        asm volatile("ld.relaxed.gpu.global.v2.f32 {%0, %1}, [%2];" : "=f"(x[0]), "=f"(x[1]) : "l"(at) : "memory");
+    else
+        asm volatile("ld.relaxed.gpu.global.f32 %0, [%1];" : "=f"(x[0]) : "l"(at) : "memory");
+    bool there = true;
+#pragma unroll
+    for (int i = 0; i < N; i++)
+        there &= post_is_there(x[i]);
+    return there;
+}
+template <int N> __device__ __forceinline__ void post_write(float *at, const float (&x)[N]) {
+    if constexpr (N == 4)
+        asm volatile("st.relaxed.gpu.global.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(at), "f"(x[0]), "f"(x[1]), "f"(x[2]), "f"(x[3]) : "memory");
+    else if constexpr (N == 2)
+        asm volatile("st.relaxed.gpu.global.v2.f32 [%0], {%1, %2};" ::"l"(at), "f"(x[0]), "f"(x[1]) : "memory");
+    else
+        asm volatile("st.relaxed.gpu.global.f32 [%0], %1;" ::"l"(at), "f"(x[0]) : "memory");
+}
+template <int N> __device__ __forceinline__ void post_empty(float *at) {
+    float x[N];
+#pragma unroll
+    for (int i = 0; i < N; i++)
+        x[i] = __uint_as_float(POST_EMPTY);
+    post_write<N>(at, x);
+}
+
+/* ---- sums of a head ------------------------------------------------------------------------------------------------------- */
 
 /* What a warp holds of one head: channels lane * D / 32 .. of y, the same m and l in all lanes. */
 template <int D> struct head_sums {
@@ -37,7 +80,7 @@ template <int D> __device__ __forceinline__ void head_store(float *to, int lane,
         *(float2 *)(to + 2 * lane) = make_float2(y[0], y[1]);
 }
 
-/* n pieces of one head, added in order: piece i is at first + i * stride floats, but the last one at `last`. */
+/* Pieces of one head: piece i is at first + i * stride floats, but the last one at `last`. */
 struct piece_list {
     const float *first, *last;
     int stride, n;
@@ -46,36 +89,72 @@ __device__ __forceinline__ const float *piece_at(const struct piece_list &list, 
     return i >= list.n - 1 ? list.last : list.first + (int64_t)i * list.stride;
 }
 
-/* AT_ONCE <= 32 pieces at a time. A warp works here alone, so what counts is the length of its chain: loads of Y go out first, and each lane
- * weighs one piece. */
-template <int D, int AT_ONCE> __device__ __forceinline__ void head_join(const struct piece_list &list, struct head_sums<D> &sums) {
-    const int lane = (int)threadIdx.x % WARP;
+template <int D> __device__ __forceinline__ void head_clear(struct head_sums<D> &sums) {
     sums.m = -INFINITY;
     sums.l = 0.0f;
 #pragma unroll
     for (int c = 0; c < D / WARP; c++)
         sums.y[c] = 0.0f;
-#pragma unroll 1
-    for (int i = 0; i < list.n; i += AT_ONCE) {
-        float y[AT_ONCE][D / WARP];
+}
+
+/* Teams' pieces, mostly from shared memory, in order. Every lane weighs all of them: no lane waits for another. */
+template <int D> __device__ __forceinline__ void head_join(const struct piece_list &list, struct head_sums<D> &sums) {
+    const int lane = (int)threadIdx.x % WARP;
+    head_clear<D>(sums);
+#pragma unroll 2
+    for (int i = 0; i < list.n; i++)
+        sums.m = fmaxf(sums.m, piece_at(list, i)[D]);
+#pragma unroll 2
+    for (int i = 0; i < list.n; i++) {
+        const float *piece = piece_at(list, i);
+        const float2 tail = *(const float2 *)(piece + D);
+        const float weight = tail.x == -INFINITY ? 0.0f : fast_exp2(tail.x - sums.m);
+        float y[D / WARP];
+        head_load<D>(piece, lane, y);
+        sums.l = fmaf(tail.y, weight, sums.l);
 #pragma unroll
-        for (int k = 0; k < AT_ONCE; k++)
-            if (i + k < list.n)
-                head_load<D>(piece_at(list, i + k), lane, y[k]);
-        float2 tail = make_float2(-INFINITY, 0.0f);
-        if (lane < AT_ONCE && i + lane < list.n)
-            tail = *(const float2 *)(piece_at(list, i + lane) + D);
-        const float m = fmaxf(sums.m, warp_max(tail.x)), old = sums.m == -INFINITY ? 0.0f : fast_exp2(sums.m - m);
-        const float weight = tail.x == -INFINITY ? 0.0f : fast_exp2(tail.x - m);
-        sums.l = fmaf(sums.l, old, warp_sum(tail.y * weight));
+        for (int c = 0; c < D / WARP; c++)
+            sums.y[c] = fmaf(y[c], weight, sums.y[c]);
+    }
+}
+
+/* Pieces at first + i * stride in the exchange, in order, CLOSE_AT_ONCE at a time; each lane weighs one of them. */
+template <int D> __device__ __forceinline__ void head_collect(float *first, int stride, int n, struct head_sums<D> &sums) {
+    const int lane = (int)threadIdx.x % WARP;
+    head_clear<D>(sums);
+#pragma unroll 1
+    for (int i = 0; i < n; i += CLOSE_AT_ONCE) {
+        float *at = first + (int64_t)i * stride;
+        const bool weighs = lane < CLOSE_AT_ONCE && i + lane < n;
+        float y[CLOSE_AT_ONCE][D / WARP], tail[2];
+        bool there;
+        do {
+            there = true;
+#pragma unroll
+            for (int k = 0; k < CLOSE_AT_ONCE; k++)
+                if (i + k < n)
+                    there &= post_read(at + (int64_t)k * stride + lane * (D / WARP), y[k]);
+            tail[0] = -INFINITY, tail[1] = 0.0f;
+            if (weighs)
+                there &= post_read(at + (int64_t)lane * stride + D, tail);
+        } while (!__all_sync(0xffffffffu, there));
+#pragma unroll
+        for (int k = 0; k < CLOSE_AT_ONCE; k++)
+            if (i + k < n)
+                post_empty<D / WARP>(at + (int64_t)k * stride + lane * (D / WARP));
+        if (weighs)
+            post_empty<2>(at + (int64_t)lane * stride + D);
+        const float m = fmaxf(sums.m, warp_max(tail[0])), old = sums.m == -INFINITY ? 0.0f : fast_exp2(sums.m - m);
+        const float weight = tail[0] == -INFINITY ? 0.0f : fast_exp2(tail[0] - m);
+        sums.l = fmaf(sums.l, old, warp_sum(tail[1] * weight));
         sums.m = m;
 #pragma unroll
         for (int c = 0; c < D / WARP; c++)
             sums.y[c] *= old;
 #pragma unroll
-        for (int k = 0; k < AT_ONCE; k++) {
+        for (int k = 0; k < CLOSE_AT_ONCE; k++) {
             const float factor = __shfl_sync(0xffffffffu, weight, k);
-            if (i + k < list.n)
+            if (i + k < n)
 #pragma unroll
                 for (int c = 0; c < D / WARP; c++)
                     sums.y[c] = fmaf(y[k][c], factor, sums.y[c]);
@@ -85,9 +164,33 @@ template <int D, int AT_ONCE> __device__ __forceinline__ void head_join(const st
 
 /* ---- the end ---------------------------------------------------------------------------------------------------------- */
 
-/* C_n of a head, C_d behind it. */
+/* C_n of a head, C_d behind it, in the exchange. */
 template <int D> __device__ __forceinline__ float *side_sums(const struct attend_args *args, const struct attend_shape *shape, int row, int head) {
     return shape->side.sums + ((int64_t)row * args->n_heads + head) * piece_floats(D);
+}
+/* Logits of a head, in the exchange. */
+__device__ __forceinline__ float *side_logits_of(const struct attend_args *args, const struct attend_shape *shape, int row, int head) {
+    return shape->side.logits + ((int64_t)row * args->n_heads + head) * SIDE_FEATURES;
+}
+
+/* What the correction's warps found. When all of it is there, all of them have read the head's logits. */
+template <int D>
+__device__ __forceinline__ void side_collect(const struct attend_args *args, const struct attend_shape *shape, int row, int head,
+                                             float (&c_n)[D / WARP], float &c_d) {
+    const int lane = (int)threadIdx.x % WARP;
+    float *sums = side_sums<D>(args, shape, row, head), *logits = side_logits_of(args, shape, row, head), one[1];
+    bool there;
+    do {
+        there = post_read(sums + lane * (D / WARP), c_n);
+        there &= post_read(sums + D, one);
+    } while (!__all_sync(0xffffffffu, there));
+    post_empty<D / WARP>(sums + lane * (D / WARP));
+    if (lane == 0)
+        post_empty<1>(sums + D);
+#pragma unroll
+    for (int i = 0; i < SIDE_FEATURES; i += 4 * WARP)
+        post_empty<4>(logits + i + 4 * lane);
+    c_d = one[0];
 }
 
 /* Y, m, l of a whole segment, and what the side found, to the record; or all together, with what another kernel may have left in the record, to
@@ -98,11 +201,10 @@ __device__ __forceinline__ void head_finish(const struct attend_args *args, cons
     const int lane = (int)threadIdx.x % WARP;
     float *record = attend_record(args, row, head);
     float c_n[D / WARP] = {}, c_d = 0.0f;
-    if (shape->side.n_slices) {
-        const float *c = side_sums<D>(args, shape, row, head);
-        head_load<D>(c, lane, c_n);
-        c_d = c[D];
-    } else if (shape->out && args->stride > partial_stride(D, false)) {
+    if (shape->side.n_slices)
+        side_collect<D>(args, shape, row, head, c_n, c_d);
+    wait_for_earlier(); /* the output may belong to those who still read it */
+    if (!shape->side.n_slices && shape->out && args->stride > partial_stride(D, false)) {
         head_load<D>(record + D, lane, c_n);
         c_d = record[partial_tail(D, true) + 2];
     }
@@ -123,109 +225,87 @@ __device__ __forceinline__ void head_finish(const struct attend_args *args, cons
     head_store<D>(shape->out + ((int64_t)row * args->n_heads + head) * D, lane, c_n);
 }
 
-/* Counts an arrival at n <= 32 counters in a row, once all that this warp wrote can be seen by the others. A bit for each counter at which it
- * was the last of `expected`: there it sees what they wrote, and the counter is 0 again. */
-__device__ __forceinline__ unsigned heads_arrive(int *counters, int n, int expected) {
-    const int lane = (int)threadIdx.x % WARP;
-    int before = -1;
-    __syncwarp();
-    if (lane < n)
-        asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], 1;" : "=r"(before) : "l"(counters + lane) : "memory");
-    const bool last = before + 1 == expected;
-    if (last)
-        counters[lane] = 0;
-    return __ballot_sync(0xffffffffu, last);
-}
-
-/* CTAs that have tiles of a segment: first .. last. */
+/* CTAs that have tiles of a segment: first .. first + n - 1. */
 struct cta_range {
-    int first, last;
+    int first, n;
 };
 __device__ __forceinline__ struct cta_range segment_ctas(const struct attend_plan *plan, const struct attend_segment *s) {
-    return {share_of(&plan->share, s->begin), share_of(&plan->share, s->end - 1)};
+    const int first = share_of(&plan->share, s->begin);
+    return {first, share_of(&plan->share, s->end - 1) - first + 1};
 }
 
-/* Counter of the slices whose logits are there, of the task of the correction that begins with a head. */
-__device__ __forceinline__ int *side_ready(const struct attend_args *args, const struct attend_shape *shape, int row, int head) {
-    return shape->arrived + ((int64_t)args->n_rows + row) * args->n_heads + head;
-}
-
-/* Parts that a head waits for: those of CTAs, and of the correction. */
-__device__ __forceinline__ int head_expected(const struct attend_shape *shape, const struct attend_plan *plan,
-                                             const struct attend_segment *s) {
-    const struct cta_range ctas = segment_ctas(plan, s);
-    return ctas.last - ctas.first + 1 + shape->side.n_slices;
-}
-
-/* A head's pieces in all CTAs. */
+/* A head from its pieces in the exchange. */
 template <int D>
-__device__ __forceinline__ struct piece_list cta_pieces(const struct attend_args *args, const struct attend_shape *shape,
-                                                        const struct attend_plan *plan, const struct attend_segment *s, int in_group) {
-    const int n_kv_heads = args->layout.n_kv_heads, group = args->n_heads / n_kv_heads, stride = group * piece_floats(D);
-    const struct cta_range ctas = segment_ctas(plan, s);
-    const float *first = cta_piece(shape, ctas.first, s->row * n_kv_heads + s->kv_head, group, in_group, D);
-    return {first, first + (int64_t)(ctas.last - ctas.first) * stride, stride, ctas.last - ctas.first + 1};
-}
-
-/* A head from its pieces: those of all CTAs (`all`), by the last that arrived; or those of this CTA's teams, and then, if it turns out to be
- * the last, of all CTAs. */
-template <int D>
-__device__ __noinline__ void head_merge(const struct attend_args *args, const struct attend_shape *shape, const struct attend_plan *plan,
-                                        struct attend_segment s, int in_group, struct piece_list list, bool all) {
-    const int n_kv_heads = args->layout.n_kv_heads, group = args->n_heads / n_kv_heads, lane = (int)threadIdx.x % WARP;
-    const int head = s.kv_head * group + in_group, segment = s.row * n_kv_heads + s.kv_head;
-    bool whole = all || (s.begin >= plan->team[0] && s.end <= plan->team[shape->n_teams] && !shape->side.n_slices);
+__device__ __noinline__ void head_close(const struct attend_args *args, const struct attend_shape *shape, struct attend_segment s, int in_group,
+                                        struct cta_range ctas) {
+    const int n_kv_heads = args->layout.n_kv_heads, group = args->n_heads / n_kv_heads;
     struct head_sums<D> sums;
-    if (!all) {
-        head_join<D, JOIN_AT_ONCE>(list, sums);
-        if (!whole) {
-            float *piece = cta_piece(shape, (int)blockIdx.x, segment, group, in_group, D);
-            head_store<D>(piece, lane, sums.y);
-            if (lane == 0)
-                *(float2 *)(piece + D) = make_float2(sums.m, sums.l);
-            if (!heads_arrive(&shape->arrived[(int64_t)s.row * args->n_heads + head], 1, head_expected(shape, plan, &s)))
-                return;
-            all = true;
-            list = cta_pieces<D>(args, shape, plan, &s, in_group);
-        }
-    }
-    if (all)
-        head_join<D, CLOSE_AT_ONCE>(list, sums);
-    wait_for_earlier(); /* it may belong to those who still read the output */
-    head_finish<D>(args, shape, s.row, head, sums);
-    if (all && shape->side.n_slices && lane == 0)
-        *side_ready(args, shape, s.row, head) = 0; /* all who waited for it have arrived */
+    head_collect<D>(cta_piece(shape, ctas.first, s.row * n_kv_heads + s.kv_head, group, in_group, D), group * piece_floats(D), ctas.n, sums);
+    head_finish<D>(args, shape, s.row, s.kv_head * group + in_group, sums);
 }
 
-/* ---- a team's pieces ---------------------------------------------------------------------------------------------------- */
+/* ---- a CTA's segments ----------------------------------------------------------------------------------------------------- */
+
+__device__ __forceinline__ struct attend_segment plan_edge(const struct attend_args *args, const struct attend_plan *plan, int i) {
+    const int edge = plan->edge[i], n_kv_heads = args->layout.n_kv_heads, row = (int)((unsigned)edge / (unsigned)n_kv_heads);
+    return plan_segment(plan, row, edge - row * n_kv_heads);
+}
+
+/* A head's pieces by the teams of this CTA, from `first` on. They left what they know of their last segment in the stages of their
+ * warps, of an earlier one in memory: that can be the case of the last team of a segment only. */
+template <int D>
+__device__ __forceinline__ struct piece_list team_pieces(const struct attend_args *args, const struct attend_shape *shape,
+                                                         const struct attend_plan *plan, const uint8_t *stages,
+                                                         const struct attend_segment *s, int first, int in_group) {
+    const int group = args->n_heads / args->layout.n_kv_heads, warp_bytes = shape->n_stages * shape->stage_bytes;
+    const int pass = in_group / shape->pass_heads, stride = shape->n_passes * warp_bytes, lane = (int)threadIdx.x % WARP;
+    const int last = __popc(__ballot_sync(0xffffffffu, lane < shape->n_teams && plan->team[lane] < min(s->end, plan->team[shape->n_teams]))) - 1;
+    const uint8_t *own = stages + (int64_t)pass * warp_bytes + in_group % shape->pass_heads * piece_floats(D) * (int)sizeof(float);
+    const bool over = s->end < plan->team[last + 1];
+    return {(const float *)(own + (int64_t)first * stride),
+            over ? shape->team_pieces + (((int64_t)blockIdx.x * shape->n_teams + last) * group + in_group) * piece_floats(D)
+                 : (const float *)(own + (int64_t)last * stride),
+            stride / (int)sizeof(float), last - first + 1};
+}
 
 /* The segments that teams of this CTA share with each other or with other CTAs; heads spread over its first n_warps warps. Behind a barrier.
- * Teams leave what they know of their last segment in the stages of their warps, of an earlier one in memory: that can be the case of the
- * last team of a segment only. */
+ * First all pieces of this CTA, then the heads that it closes. */
 template <int D>
 __device__ __forceinline__ void join_teams(const struct attend_args *args, const struct attend_shape *shape, const struct attend_plan *plan,
                                            const uint8_t *stages, int n_warps) {
-    const int n_kv_heads = args->layout.n_kv_heads, group = args->n_heads / n_kv_heads, warp_bytes = shape->n_stages * shape->stage_bytes;
-    const int lane = (int)threadIdx.x % WARP, own_edge = lane < 2 * shape->n_teams ? plan->edge[lane] : -1;
-    int turn = (int)threadIdx.x / WARP;
+    const int n_kv_heads = args->layout.n_kv_heads, group = args->n_heads / n_kv_heads, lane = (int)threadIdx.x % WARP;
+    const int warp = (int)threadIdx.x / WARP, own_edge = lane < 2 * shape->n_teams ? plan->edge[lane] : -1;
+    const unsigned edges = __ballot_sync(0xffffffffu, own_edge >= 0);
+    int turn = warp;
 #pragma unroll 1
-    for (unsigned edges = __ballot_sync(0xffffffffu, own_edge >= 0); edges; edges &= edges - 1) {
-        const int i = __ffs((int)edges) - 1, edge = plan->edge[i], first = i / 2;
-        const int row = (int)((unsigned)edge / (unsigned)n_kv_heads);
-        const struct attend_segment s = plan_segment(plan, row, edge - row * n_kv_heads);
-        const int end = min(s.end, plan->team[shape->n_teams]);
-        const int last = __popc(__ballot_sync(0xffffffffu, lane < shape->n_teams && plan->team[lane] < end)) - 1;
+    for (unsigned left = edges; left; left &= left - 1) {
+        const int i = __ffs((int)left) - 1;
+        const struct attend_segment s = plan_edge(args, plan, i);
+        const bool alone = s.begin >= plan->team[0] && s.end <= plan->team[shape->n_teams];
 #pragma unroll 1
         for (; turn < group; turn += n_warps) {
-            const int pass = turn / shape->pass_heads;
-            const uint8_t *own = stages + (int64_t)pass * warp_bytes + turn % shape->pass_heads * piece_floats(D) * (int)sizeof(float);
-            struct piece_list list = {(const float *)(own + (int64_t)first * shape->n_passes * warp_bytes),
-                                      (const float *)(own + (int64_t)last * shape->n_passes * warp_bytes),
-                                      shape->n_passes * warp_bytes / (int)sizeof(float), last - first + 1};
-            if (s.end < plan->team[last + 1])
-                list.last = shape->team_pieces + (((int64_t)blockIdx.x * shape->n_teams + last) * group + turn) * piece_floats(D);
-            head_merge<D>(args, shape, plan, s, turn, list, false);
+            struct head_sums<D> sums;
+            head_join<D>(team_pieces<D>(args, shape, plan, stages, &s, i / 2, turn), sums);
+            if (alone && !shape->side.n_slices) {
+                head_finish<D>(args, shape, s.row, s.kv_head * group + turn, sums);
+                continue;
+            }
+            float *piece = cta_piece(shape, (int)blockIdx.x, s.row * n_kv_heads + s.kv_head, group, turn, D);
+            post_write(piece + lane * (D / WARP), sums.y);
+            if (lane == 0)
+                post_write(piece + D, {sums.m, sums.l});
         }
+        turn -= group;
+    }
+    turn = warp;
+#pragma unroll 1
+    for (unsigned left = edges; left; left &= left - 1) {
+        const struct attend_segment s = plan_edge(args, plan, __ffs((int)left) - 1);
+        const struct cta_range ctas = segment_ctas(plan, &s);
+#pragma unroll 1
+        for (; turn < group; turn += n_warps)
+            if ((ctas.n > 1 || shape->side.n_slices) && ctas.first + turn * ctas.n / group == (int)blockIdx.x)
+                head_close<D>(args, shape, s, turn, ctas);
         turn -= group;
     }
 }
@@ -237,11 +317,11 @@ __device__ __forceinline__ void join_teams(const struct attend_args *args, const
 template <int D>
 __device__ __forceinline__ void empty_rows(const struct attend_args *args, const struct attend_shape *shape, const struct attend_plan *plan) {
     const int n_rows = attend_n_rows(args), warp = (int)(blockIdx.x * blockDim.x + threadIdx.x) / WARP;
-    const int n_warps = (int)(gridDim.x * blockDim.x) / WARP, lane = (int)threadIdx.x % WARP;
+    const int n_warps = plan->n_ctas * (int)blockDim.x / WARP, lane = (int)threadIdx.x % WARP;
 #pragma unroll 1
     for (int i = warp; i < args->n_rows * args->n_heads; i += n_warps) {
         const int row = i / args->n_heads, head = i % args->n_heads;
-        if (plan->n_tiles[row] != 0)
+        if (plan->row[row].n_tiles != 0)
             continue;
         const bool padding = row >= n_rows || args->in->row[row].seq < 0;
         float *record = attend_record(args, row, head);

@@ -1,5 +1,6 @@
 /* Who does what while decoding: the work of a step is cut into tiles, every CTA takes an equal range of them, and every team of its warps
- * an equal part of that.
+ * an equal part of that. Two CTAs share a multiprocessor. Little work goes to half of the CTAs: the other places belong to the attention
+ * behind or in front, so that one's end and the other's beginning hide each other.
  *
  * A tile is one page (of which K or V is encoded) or ATTEND_SLICE tokens in 16 bit. A segment is a row and a KV head; its tiles are
  * pages, sink, window in this order, and segment row * n_kv_heads + kv_head follows segment by segment. Of T tiles each of W shares has
@@ -10,8 +11,11 @@
 
 enum {
     PLAN_ELSEWHERE = -1,
-    DECODE_MAX_WARPS = 12,     /* of a CTA, at most 16: 168 registers a thread, enough for four heads and nothing but the usual */
-    DECODE_MAX_WARPS_WIDE = 8, /* with eight heads a warp, or with bits that are read or mean keys: up to 255 registers */
+    DECODE_CTAS = 2,           /* on a multiprocessor */
+    DECODE_MAX_WARPS = 6,      /* of a CTA, at most 16: 168 registers a thread, enough for four heads and nothing but the usual */
+    DECODE_MAX_WARPS_WIDE = 4, /* with eight heads a warp, or with bits that are read or mean keys: up to 255 registers */
+    SIDE_FEATURES = 256,       /* D of the correction that runs beside the attention; others have a kernel of their own (correct.cu) */
+    PLAN_FEW_TILES = 4,        /* for each warp of one CTA a multiprocessor: up to here there is little work */
 };
 
 /* Tiles of a share, and how many shares have one more. All numbers of tiles fit 32 bits, whose divisions are several times faster: a tile
@@ -36,29 +40,43 @@ __device__ static inline int share_of(const struct equal_shares *share, int tile
                        : share->more + (int)((unsigned)(tile - wide) / (unsigned)share->each);
 }
 
+/* The warps of a CTA, the last ones, that take part in the correction, and the tiles that a part is worth: as many fewer come to its warp. */
+struct plan_side {
+    int n_warps, n_tiles;
+};
+
+struct plan_row {
+    int begin;                           /* first tile; behind the last row: the total */
+    int n_tiles;                         /* of one KV head; 0: padding, rows beyond; PLAN_ELSEWHERE: rows of long runs */
+    struct attend_view view;
+};
+
 /* What a CTA knows of the step, in shared memory. */
 struct attend_plan {
-    int begin[STEP_MAX_ROWS + 1];        /* first tile of a row; [n_rows]: the total */
-    int n_tiles[STEP_MAX_ROWS];          /* of one KV head of a row; 0: padding, rows beyond; PLAN_ELSEWHERE: rows of long runs */
-    struct attend_view view[STEP_MAX_ROWS];
-    struct equal_shares share;           /* of CTAs */
+    int n_ctas;                          /* that have work: the first ones */
+    struct equal_shares share;           /* of them */
+    struct plan_side side;
     int team[DECODE_MAX_WARPS + 1];      /* first tile of a team of this CTA; [n_teams]: that of the next CTA */
     int edge[2 * DECODE_MAX_WARPS];      /* by team: its first segment and its last, where they wait for other teams' parts; else -1 */
+    struct plan_row row[STEP_MAX_ROWS + 1]; /* memory ends behind [args.n_rows] */
 };
+HOST_DEVICE static inline int plan_bytes(int n_rows) {
+    return (int)(sizeof(struct attend_plan) - (STEP_MAX_ROWS - n_rows) * sizeof(struct plan_row));
+}
 
 /* The correction's part in the launch (attend_correct.cuh). */
 struct attend_side {
     int heads;        /* of a task: 1 or 4 */
     int n_slices;     /* of a task; 0: no correction here */
-    int n_warps;      /* of a CTA, the last ones, that take part */
-    int n_tiles;      /* that a part is worth: as many fewer of these come to its warp */
-    float *logits;    /* [n_rows][n_heads][features] */
-    float *sums;      /* [n_rows][n_heads][piece_floats]: C_n, C_d */
+    struct plan_side few, all; /* where few_ctas have work, and where all have */
+    float *logits;    /* in the exchange, [n_rows][n_heads][features] */
+    float *sums;      /* in the exchange, [n_rows][n_heads][piece_floats]: C_n, C_d */
 };
 
 /* Numbers chosen by the launcher. */
 struct attend_shape {
     int n_warps, n_stages, stage_bytes; /* of a CTA; stages of a warp */
+    int few_ctas, few_tiles;            /* CTAs that have work where there are no more than so many tiles */
     int n_teams;                        /* of a CTA */
     int n_passes;                       /* warps of a team: each takes pass_heads of the group's heads */
     int pass_heads;
@@ -66,8 +84,7 @@ struct attend_shape {
     bool early_window;                  /* nor these */
     struct attend_side side;
     float *team_pieces;                 /* [CTA][team][group][piece_floats]: Y, m (of base 2), l of a team's first segment */
-    float *pieces;                      /* [CTAs + segments - 1][group][piece_floats] of a CTA: see cta_piece */
-    int *arrived;                       /* [2][n_rows][n_heads]: parts of a head, slices of the logits of the task that begins with it; 0 between launches */
+    float *pieces;                      /* in the exchange, [CTAs + segments - 1][group][piece_floats] of a CTA: see cta_piece */
     float *out;                         /* [n_rows][n_heads * d]: one rank's output instead of records; or NULL */
 };
 
@@ -81,8 +98,8 @@ __device__ static inline float *cta_piece(const struct attend_shape *shape, int 
 
 /* First tile, from that of its CTA on, of team `team` of a CTA with n tiles. The last side->n_warps teams work for the correction as long
  * as side->n_tiles tiles take; where the others have less to do they get no tile at all. */
-__device__ static inline int team_begin_of(const struct attend_shape *shape, int n, int team) {
-    const int n_side = shape->side.n_slices ? shape->side.n_warps : 0, first_side = shape->n_teams - n_side, worth = shape->side.n_tiles;
+__device__ static inline int team_begin_of(const struct attend_shape *shape, const struct plan_side *side, int n, int team) {
+    const int n_side = side->n_warps, first_side = shape->n_teams - n_side, worth = side->n_tiles;
     if (n_side > 0 && n < first_side * worth) {
         struct equal_shares share = equal_shares_of(n, first_side);
         return share_begin(&share, min(team, first_side));
@@ -143,18 +160,18 @@ __device__ static inline int plan_row(const struct attend_args *args, int n_rows
 __device__ static inline void plan_sum(struct attend_plan *plan, int n_rows, int n_kv_heads) {
     int before = 0;
     for (int first = 0; first < n_rows; first += WARP) {
-        const int row = first + (int)threadIdx.x % WARP, own = row < n_rows ? max(plan->n_tiles[row], 0) * n_kv_heads : 0;
+        const int row = first + (int)threadIdx.x % WARP, own = row < n_rows ? max(plan->row[row].n_tiles, 0) * n_kv_heads : 0;
         int sum = own;
         for (int offset = 1; offset < min(WARP, n_rows); offset *= 2) {
             int other = __shfl_up_sync(0xffffffffu, sum, offset);
             sum += (int)threadIdx.x % WARP >= offset ? other : 0;
         }
         if (row < n_rows)
-            plan->begin[row] = before + sum - own;
+            plan->row[row].begin = before + sum - own;
         before += __shfl_sync(0xffffffffu, sum, min(WARP, n_rows - first) - 1);
     }
     if (threadIdx.x % WARP == 0)
-        plan->begin[n_rows] = before;
+        plan->row[n_rows].begin = before;
 }
 
 /* Fills the plan; all threads of a CTA, which has at least a warp. any_run: rows of long runs are left to attend_block.cu. Ends with a
@@ -164,7 +181,7 @@ __device__ static inline void plan_make(const struct attend_args *args, const st
                                         struct attend_plan *plan) {
     const int n_rows = attend_n_rows(args);
     for (int row = (int)threadIdx.x; row < args->n_rows; row += (int)blockDim.x)
-        plan->n_tiles[row] = plan_row<SLICED>(args, n_rows, row, any_run, &plan->view[row]);
+        plan->row[row].n_tiles = plan_row<SLICED>(args, n_rows, row, any_run, &plan->row[row].view);
     if (args->n_rows > WARP)
         __syncthreads();
     else
@@ -172,11 +189,17 @@ __device__ static inline void plan_make(const struct attend_args *args, const st
     if (threadIdx.x < WARP) {
         plan_sum(plan, args->n_rows, args->layout.n_kv_heads);
         __syncwarp();
-        const struct equal_shares share = equal_shares_of(plan->begin[args->n_rows], (int)gridDim.x);
+        const int n_tiles = plan->row[args->n_rows].begin;
+        const bool few = n_tiles <= shape->few_tiles;
+        const int n_ctas = few ? shape->few_ctas : (int)gridDim.x;
+        const struct plan_side side = few ? shape->side.few : shape->side.all;
+        const struct equal_shares share = equal_shares_of(n_tiles, n_ctas);
+        plan->n_ctas = n_ctas;
         plan->share = share;
+        plan->side = side;
         const int begin = share_begin(&share, (int)blockIdx.x), n = share_begin(&share, (int)blockIdx.x + 1) - begin;
         if ((int)threadIdx.x <= shape->n_teams)
-            plan->team[threadIdx.x] = begin + team_begin_of(shape, n, (int)threadIdx.x);
+            plan->team[threadIdx.x] = begin + team_begin_of(shape, &side, n, (int)threadIdx.x);
     }
     __syncthreads();
 }
@@ -186,7 +209,7 @@ struct attend_segment {
     int row, kv_head, begin, end;
 };
 __device__ static inline struct attend_segment plan_segment(const struct attend_plan *plan, int row, int kv_head) {
-    const int n = plan->n_tiles[row], begin = plan->begin[row] + kv_head * n;
+    const int n = plan->row[row].n_tiles, begin = plan->row[row].begin + kv_head * n;
     return {row, kv_head, begin, begin + n};
 }
 
@@ -204,7 +227,7 @@ template <bool SLICED>
 __device__ static inline void cursor_enter(const struct attend_args *args, const struct attend_plan *plan, struct attend_cursor *at) {
     if (at->n == 0)
         return;
-    const struct attend_view *view = &plan->view[at->row];
+    const struct attend_view *view = &plan->row[at->row].view;
     at->n_pages = view->n_pages * (SLICED ? KV_BLOCK / ATTEND_SLICE : 1);
     at->table = args->page_table + view->seq * args->table_stride;
     at->pages = attend_page_at(args, 0, at->kv_head);
@@ -228,10 +251,10 @@ __device__ static inline struct attend_cursor cursor_at(const struct attend_args
     int row = -1; /* the last that begins at or before the tile: it is not empty */
     for (int first = 0; first < args->n_rows; first += WARP) {
         const int other = first + (int)threadIdx.x % WARP;
-        row += __popc(__ballot_sync(0xffffffffu, other < args->n_rows && plan->begin[other] <= tile));
+        row += __popc(__ballot_sync(0xffffffffu, other < args->n_rows && plan->row[other].begin <= tile));
     }
-    struct attend_cursor at = {row, 0, 0, plan->n_tiles[row], 0, NULL, NULL, 0, 0};
-    const unsigned within = (unsigned)(tile - plan->begin[row]);
+    struct attend_cursor at = {row, 0, 0, plan->row[row].n_tiles, 0, NULL, NULL, 0, 0};
+    const unsigned within = (unsigned)(tile - plan->row[row].begin);
     at.kv_head = (int)(within / (unsigned)at.n);
     at.index = (int)(within % (unsigned)at.n);
     cursor_enter<SLICED>(args, plan, &at);
@@ -247,7 +270,7 @@ __device__ static inline bool cursor_next(const struct attend_args *args, const 
     if (++at->kv_head == args->layout.n_kv_heads) {
         at->kv_head = at->n_pages = 0;
         do
-            at->n = ++at->row < args->n_rows ? max(plan->n_tiles[at->row], 0) : 0;
+            at->n = ++at->row < args->n_rows ? max(plan->row[at->row].n_tiles, 0) : 0;
         while (at->n == 0 && at->row < args->n_rows);
     }
     cursor_enter<SLICED>(args, plan, at);

@@ -16,18 +16,27 @@ extern "C" {
 struct cuda_blas; /* cuBLASLt: kernels/cuda/blas.c */
 struct cuda_dnn;  /* cuDNN, found at run time: kernels/cuda/dnn.c; NULL where it is not there */
 
+/* Operations that may run side by side, one's beginning beside the end of another, take turns in parts of scratch and exchange. */
+enum { CUDA_TURNS = 3 };
+
 /* Device scratch of one stream. What an operation leaves there the next one of the stream may overwrite. */
-#define CUDA_SCRATCH_BYTES ((size_t)96 << 20)
+#define CUDA_TURN_BYTES ((size_t)32 << 20)
+#define CUDA_SCRATCH_BYTES (CUDA_TURNS * CUDA_TURN_BYTES)
 
 /* Counters of one stream, by which the blocks of a kernel find out who is last. 0 between kernels: the last one leaves them so. */
 enum { CUDA_COUNTERS = 1 << 17 };
+
+/* Exchange of one stream and turn: words by which warps of a kernel hand each other numbers. All bits are set between kernels; whoever takes a
+ * number sets them again. */
+#define CUDA_EXCHANGE_BYTES ((size_t)36 << 20)
 
 struct cuda_launch {
     void *stream;        /* cudaStream_t */
     void *scratch;       /* 256-byte aligned, CUDA_SCRATCH_BYTES */
     int *counters;       /* CUDA_COUNTERS */
+    uint8_t *exchange;   /* CUDA_TURNS times CUDA_EXCHANGE_BYTES */
     int previous;        /* enum op_id of the operation that was enqueued right before; OP_COUNT: something else was */
-    int turn;            /* 0 and 1 in turns, from operation to operation */
+    int turn;            /* 0 .. CUDA_TURNS - 1, from operation to operation */
     int n_sms;           /* multiprocessors of the device */
     int architecture;    /* 80, 90, 100: compute capability times ten */
     struct cuda_blas *blas;
