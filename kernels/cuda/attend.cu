@@ -107,11 +107,11 @@ static struct attend_shape choose_shape(const struct cuda_launch *launch, const 
     return shape;
 }
 
-/* Where pieces and logits lie in scratch and exchange. Attentions in a row let each other begin before they wait, so they take turns in their parts, of
- * which three are enough: as long as one, A, has a CTA on the device, all working CTAs of the next, B, which are as many as there are
- * multiprocessors or more, are there too, once they have begun, since none ends before A; a multiprocessor holds two CTAs at most; so the next
- * but one, C, has not begun with all of its own, and what follows C with none. When that one does begin, it takes the place of a CTA of B or C,
- * each of which has waited for A. */
+/* Where pieces and logits lie in scratch and exchange. Attentions in a row let each other begin before they wait, so they take turns in their
+ * parts, of which three are enough: as long as one, A, has a CTA on the device, all working CTAs of the next, B, which are as many as there
+ * are multiprocessors or more, are there too, once they have begun, since none ends before A; a multiprocessor holds two CTAs at most; so the
+ * next but one, C, has not begun with all of its own, and what follows C with none. When that one does begin, it takes the place of a CTA of
+ * B or C, each of which has waited for A. */
 static int place_scratch(const struct cuda_launch *launch, const struct attend_args *args, struct attend_shape *shape) {
     int64_t group = args->n_heads / args->layout.n_kv_heads, n_segments = (int64_t)args->n_rows * args->layout.n_kv_heads;
     int64_t piece = group * piece_floats(args->layout.head_dim), n_ctas = (int64_t)launch->n_sms * DECODE_CTAS;
@@ -174,8 +174,8 @@ static int launch_decode(const struct cuda_launch *launch, const struct attend_a
         shape.early = shape.early_window = false;
     if (cudaFuncSetAttribute(choice.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, dynamic) != cudaSuccess)
         FAIL(STATUS_FAILED, "CUDA: attend: %d bytes of shared memory: %s", dynamic, cudaGetErrorString(cudaGetLastError()));
-    (void)launch_early(launch, choice.kernel, dim3((unsigned)(launch->n_sms * DECODE_CTAS)), (unsigned)(shape.n_warps * WARP), (size_t)dynamic, *args, shape,
-                       any_run);
+    (void)launch_early(launch, choice.kernel, dim3((unsigned)(launch->n_sms * DECODE_CTAS)), (unsigned)(shape.n_warps * WARP),
+                       (size_t)dynamic, *args, shape, any_run);
     CHECK_LAUNCH("attend");
     return STATUS_OK;
 }
